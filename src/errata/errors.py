@@ -1,0 +1,22 @@
+"""What errata raises when it can't do what was asked: one sentence saying what was found, what was wanted, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ErrataError(Exception):
+    """Something could not be done (the shell exits with 1)."""
+
+
+class UsageError(ErrataError, ValueError):
+    """What was asked for is wrong and can be asked differently (the shell exits with 2)."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
+    """The error for a name that is not among the known ones, with the nearest of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+    return UsageError(f"there is no {what} {name!r}; {hint}")

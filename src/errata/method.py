@@ -1,0 +1,161 @@
+"""A method turns edits into a patch. It is its own config: a frozen dataclass, found by name.
+
+To add one, subclass `Method`, give it a name, say what it is and write `patch`; from another package, point an entry
+point of the group `errata.methods` at the class. The shell, the benchmark and the contract test then know it.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from importlib import import_module, metadata
+from itertools import accumulate
+from typing import Any, ClassVar, Self
+
+import torch
+import transformers
+
+from . import __version__, presets
+from .edit import Edit
+from .errors import ErrataError, UsageError, unknown
+from .lm import LM
+from .patch import Patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A way of editing, with its settings."""
+
+    registry: ClassVar[dict[str, type[Method]]] = {}
+
+    name: ClassVar[str]
+    """In the shell, lower-case kebab."""
+    paper: ClassVar[str]
+    """Authors and year."""
+    source: ClassVar[str]
+    """Where the paper is."""
+    batched: ClassVar[bool] = True
+    """Whether it makes several edits at once; if not, they are made one after another."""
+    trained: ClassVar[bool] = False
+    """Whether it needs a trained editor before its first edit."""
+
+    seed: int = 0
+    """Of all that the method draws."""
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.name = name
+            Method.registry[name] = cls
+
+    @classmethod
+    def preset(cls, lm: LM | str, **overrides: Any) -> Self:
+        """The method with the published (or for almanac: tuned) settings for a model, and what is overridden.
+
+        Args:
+            lm: the model, or what `errata.load` takes.
+            overrides: fields of the method.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in overrides:
+            if name not in known:
+                raise unknown(f"setting of {cls.name}", name, known)
+        return cls(**{**presets.settings(cls.name, lm), **overrides})
+
+    def edit(self, lm: LM, edits: Sequence[Edit], prior: Patch | None = None) -> Patch:
+        """Add edits to what `prior` already changed. The model is left exactly as it was.
+
+        Args:
+            lm: the unedited model.
+            edits: for a method that is not `batched`, one.
+            prior: the patch that the edits come after.
+
+        Returns:
+            `prior` and the new edits in one patch.
+        """
+        edits, prior = tuple(edits), prior or Patch()
+        if not edits:
+            return prior
+        if len(edits) > 1 and not self.batched:
+            raise UsageError(
+                f"{self.name} makes one edit at a time, not {len(edits)}; fold them with errata.sequential, or take a batched method"
+            )
+        with self._at_work(lm), prior.applied(lm):
+            new = self.patch(lm, edits, prior)
+        return prior + self._signed(new, lm, edits)
+
+    def each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
+        """Every edit by itself from the unedited model: `[self.edit(lm, [e]) for e in edits]`, in shared passes."""
+        with self._at_work(lm):
+            return [self._signed(p, lm, (e,)) for p, e in zip(self.patches(lm, edits), edits, strict=True)]
+
+    @abstractmethod
+    def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
+        """What these edits add to a model that has `prior` applied: changes and carry."""
+
+    def patches(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
+        """What each of these edits adds to the unedited model, by itself. Override it where they can share passes."""
+        found = []
+        for edit in edits:
+            torch.manual_seed(self.seed)
+            found.append(self.patch(lm, [edit], Patch()))
+        return found
+
+    def prepare(self, lm: LM) -> None:  # noqa: B027: nothing to prepare is the usual case
+        """Compute what the method needs of the unedited model, and keep it in `lm.memo`; called before `prior` is applied."""
+
+    @contextmanager
+    def _at_work(self, lm: LM) -> Iterator[None]:
+        if lm.patched:
+            raise UsageError("the model has a patch applied; leave it, and give the patch to `edit` as `prior`")
+        gpus = [lm.device] if lm.device.type == "cuda" else []
+        with lm.frozen(), torch.random.fork_rng(devices=gpus):  # the caller's random state stays as it is
+            self.prepare(lm)
+            torch.manual_seed(self.seed)
+            yield
+
+    def _signed(self, new: Patch, lm: LM, edits: tuple[Edit, ...]) -> Patch:
+        for name, changes in new.changes.items():
+            if not all(c.finite() for c in changes):
+                raise ErrataError(f"{self.name} found no finite change of {name} for {edits[0].text!r}; nothing was changed")
+        about = {
+            "base": {"fingerprint": lm.fingerprint, "name": lm.name},
+            "steps": [{"method": self.name, "settings": json.loads(json.dumps(asdict(self))), "edits": len(edits)}],
+            "versions": versions(),
+        }
+        return replace(new, edits=edits, about=about)
+
+
+def sequential(method: Method, lm: LM, batches: Iterable[Sequence[Edit]], prior: Patch | None = None) -> Iterator[Patch]:
+    """Edit batch after batch; yields the whole patch after each (eq. 3 of the EasyEdit paper)."""
+    yield from accumulate(batches, lambda patch, batch: method.edit(lm, batch, patch), initial=prior or Patch())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a patch."""
+    return {"errata": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method by name: errata's own and those of installed packages."""
+    _discover()
+    return dict(sorted(Method.registry.items()))
+
+
+def method(name: str) -> type[Method]:
+    """A method by its name."""
+    known = methods()
+    if name not in known:
+        raise unknown("method", name, known)
+    return known[name]
+
+
+@cache
+def _discover() -> None:
+    import_module(".methods", __package__)
+    for entry in metadata.entry_points(group="errata.methods"):
+        entry.load()

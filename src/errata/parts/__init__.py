@@ -1,0 +1,1 @@
+"""What methods are made of, each shared by several of them: locate, contexts, target, moments, solve."""

@@ -1,0 +1,268 @@
+"""A patch is what editing gives: changes by module, the edits they serve, and what the next edit must remember.
+
+It is applied and undone to the bit, added to a later one, taken apart by edit, and kept as one safetensors file with a
+JSON header. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from . import store
+from .changes import Change, LowRank, attach_rows, joined, kind_of
+from .edit import Edit
+from .errors import ErrataError, UsageError
+from .lm import LM, Site
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Changes to a model. `Patch()` changes nothing."""
+
+    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    """By module, in the order they were made. Neighbours of a kind are joined, by the rule of the kind."""
+    edits: tuple[Edit, ...] = ()
+    """What was asked for; the `owners` of a change count into it."""
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a method must remember of its earlier edits."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """`base` (fingerprint and name of the model), `steps` (method, settings and number of edits of each), `versions`."""
+
+    def __bool__(self) -> bool:
+        return bool(self.changes)
+
+    # Algebra
+
+    def __add__(self, later: Patch) -> Patch:
+        """This patch, then a later one."""
+        if not self.about or not later.about:
+            about = dict(self.about or later.about)
+        else:
+            if self.about["base"]["fingerprint"] != later.about["base"]["fingerprint"]:
+                raise ErrataError(f"patches of two models can't be added: {_base(self)} and {_base(later)}")
+            about = {**self.about, **later.about, "steps": _steps(self.about["steps"], later.about["steps"])}
+        shifted = later._renumbered(lambda owners: owners + len(self.edits))
+        names = dict.fromkeys([*self.changes, *shifted])
+        changes = {n: joined([*self.changes.get(n, ()), *shifted.get(n, ())]) for n in names}
+        return Patch(changes, self.edits + later.edits, {**self.carry, **later.carry}, about)
+
+    def scaled(self, by: float) -> Patch:
+        """The patch at another strength: 0 is the base, 1 the patch, -1 its opposite."""
+        return replace(self, changes={n: tuple(c.scaled(by) for c in cs) for n, cs in self.changes.items()})
+
+    def without(self, edit: Edit) -> Patch:
+        """The patch with one edit taken out, as far as its changes keep edits apart.
+
+        What the other edits wrote stays as it is; it is not solved again.
+
+        Raises:
+            UsageError: the edit is not in the patch.
+            ErrataError: it can't be told apart from the others.
+        """
+        found = [i for i, e in enumerate(self.edits) if e == edit]
+        if not found:
+            raise UsageError(f"the patch has no edit {edit.text!r} -> {edit.target!r}; `errata show` lists its edits")
+        if self.carry:
+            raise ErrataError("the method remembers its edits in the patch's carry, which can't forget one; edit anew")
+        changes = self.changes
+        for number in found:
+            kept = {n: [c.without(number) for c in cs] for n, cs in changes.items()}
+            changes = {n: tuple(c for c in cs if c is not None) for n, cs in kept.items()}
+        stay = [i for i in range(len(self.edits)) if i not in found]
+        place = torch.full((len(self.edits),), -1)
+        place[stay] = torch.arange(len(stay))
+        left = replace(self, changes={n: cs for n, cs in changes.items() if cs}, edits=tuple(self.edits[i] for i in stay))
+        return replace(left, changes=left._renumbered(lambda owners: place[owners]))
+
+    def _renumbered(self, number: Any) -> dict[str, tuple[Change, ...]]:
+        return {n: tuple(c.renumbered(number) for c in cs) for n, cs in self.changes.items()}
+
+    # In a model
+
+    @contextmanager
+    def applied(self, lm: LM, check: bool = True) -> Iterator[LM]:
+        """While inside, the model is the edited one; then it is what it was, to the bit, also after an exception.
+
+        Args:
+            lm: the model.
+            check: refuse a model other than the one the patch was made for.
+        """
+        with _attached(lm, [(name, c.attach) for name, cs in self._fitting(lm, check) for c in cs]):
+            yield lm
+
+    def _fitting(self, lm: LM, check: bool) -> Sequence[tuple[str, tuple[Change, ...]]]:
+        """The changes, after a look at whether they are for this model."""
+        if check and self.about and self.about["base"]["fingerprint"] != lm.fingerprint:
+            raise ErrataError(
+                f"the patch was made for {_base(self)}, this model is {lm.name} ({lm.fingerprint[:8]}); "
+                "load the model it was made for"
+            )
+        for name, changes in self.changes.items():
+            site = lm.site(name)
+            if not all(c.fits(site) for c in changes):
+                raise ErrataError(f"the patch does not fit {name}, which is {site.shape[0]} x {site.shape[1]} in {lm.name}")
+        return list(self.changes.items())
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether every module has one low-rank change: an exact LoRA."""
+        return all(len(cs) == 1 and isinstance(cs[0], LowRank) for cs in self.changes.values())
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    # On disk
+
+    def save(self, path: str | Path) -> None:
+        """Write the patch to one safetensors file, whole or not at all."""
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self._tensors().items()}
+        header = {
+            "format": FORMAT,
+            "digest": _digest(tensors),
+            "layout": [[name, c.kind] for name, cs in self.changes.items() for c in cs],
+            "edits": [e.to_dict() for e in self.edits],
+            "about": self.about,
+        }
+        store.write(path, to_bytes(tensors, metadata={"errata": json.dumps(header, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a patch.
+
+        Raises:
+            UsageError: there is no such file.
+            ErrataError: it is damaged, or no patch.
+        """
+        if not Path(path).is_file():
+            raise UsageError(f"there is no file {str(path)!r}; give a patch that `errata edit --save` wrote")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118: not a mapping
+        except (SafetensorError, OSError) as error:
+            raise ErrataError(f"{str(path)!r} is damaged or no safetensors file ({error}); get a whole copy") from error
+        if "errata" not in metadata:
+            raise ErrataError(f"{str(path)!r} holds tensors but is no patch of errata; give a file that errata wrote")
+        try:
+            header = json.loads(metadata["errata"])
+            if header["format"] > FORMAT:
+                raise ErrataError(f"{str(path)!r} was written by a newer errata (format {header['format']}); upgrade")
+            if header["digest"] != _digest(tensors):
+                raise ValueError("its numbers are not those that were saved")
+            return cls._from(header, tensors)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ErrataError(f"{str(path)!r} is damaged: {error}; get a whole copy") from error
+
+    @classmethod
+    def _from(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        changes: dict[str, tuple[Change, ...]] = {}
+        for number, (name, kind) in enumerate(header["layout"]):
+            start = f"change/{number}/"
+            parts = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+            if kind_of(kind) is None:
+                raise ValueError(f"it has a change of an unknown kind {kind!r}")
+            changes[name] = (*changes.get(name, ()), kind_of(kind)(**parts))
+        edits = tuple(Edit(**e) for e in header["edits"])
+        carry = {k.removeprefix("carry/"): t for k, t in tensors.items() if k.startswith("carry/")}
+        return cls(changes, edits, carry, header["about"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        listed = [c for cs in self.changes.values() for c in cs]
+        parts = {f"change/{i}/{k}": t for i, c in enumerate(listed) for k, t in c.tensors().items()}
+        return parts | {f"carry/{k}": t for k, t in self.carry.items()}
+
+
+@contextmanager
+def applied_by_row(lm: LM, patches: Sequence[Patch]) -> Iterator[LM]:
+    """While inside, row i of every batch is answered by the model with `patches[i]`; the weights are not touched.
+
+    Args:
+        lm: the model.
+        patches: low-rank ones only, as many as the batches have rows.
+    """
+    for patch in patches:
+        patch._fitting(lm, check=True)
+        if not patch.low_rank:
+            raise ErrataError("only low-rank patches can be applied row by row")
+    names = dict.fromkeys(name for patch in patches for name in patch.changes)
+    rows = {n: [c[0] if (c := p.changes.get(n)) and isinstance(c[0], LowRank) else None for p in patches] for n in names}
+    with _attached(lm, [(n, lambda site, n=n: attach_rows(site, rows[n])) for n in names]):
+        yield lm
+
+
+def added(patches: Sequence[Patch]) -> Patch:
+    """Patches one after another."""
+    return reduce(Patch.__add__, patches, Patch())
+
+
+@contextmanager
+def _attached(lm: LM, parts: Sequence[tuple[str, Any]]) -> Iterator[None]:
+    undo = ExitStack()
+    try:
+        with _uninterrupted():
+            for name, attach in parts:
+                undo.callback(attach(Site(name, lm.module(name))))
+            lm.patched += bool(parts)
+            undo.callback(setattr, lm, "patched", lm.patched - bool(parts))
+        yield
+    finally:
+        with _uninterrupted():
+            undo.close()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done, so that a weight is never left between two states."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending = []
+    previous = signal.signal(signal.SIGINT, lambda *_: pending.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pending:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _steps(earlier: Sequence[dict[str, Any]], later: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Steps one after another; equal neighbours become one."""
+    steps = list(earlier)
+    for step in later:
+        if steps and {**steps[-1], "edits": step["edits"]} == step:
+            step = {**step, "edits": steps.pop()["edits"] + step["edits"]}
+        steps.append(step)
+    return steps
+
+
+def _base(patch: Patch) -> str:
+    base = patch.about.get("base", {})
+    return f"{base.get('name', 'an unnamed model')} ({base.get('fingerprint', '')[:8]})"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        digest.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,84 @@
+"""Settings that were published for a model (or tuned, for almanac), from `presets.toml`, where each has its source.
+
+A model is recognised by the shape in its config, never by its name or path. A model that is not listed gets the same
+relative depth, and a warning that says so.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import warnings
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from .errors import unknown
+from .lm import ALMANAC, LM
+
+
+@cache
+def _tables() -> dict[str, Any]:
+    return tomllib.loads(resources.files(__package__).joinpath("presets.toml").read_text())
+
+
+def settings(method: str, lm: LM | str) -> dict[str, Any]:
+    """The settings of a method for a model: `{field: value}`.
+
+    Args:
+        method: its name.
+        lm: a loaded model, the name of a preset (`gpt2-xl`), `almanac`, or a model's folder or name on the hub.
+    """
+    models = _tables()["models"]
+    name, config = (lm.name, lm.config) if isinstance(lm, LM) else (lm, None)
+    if config is None and name not in models:
+        config = _config(name)
+    model = name if config is None else recognised(config)
+    found = models[model].get(method) if model else None
+    if found is not None:
+        return {k: _frozen(v) for k, v in found.items() if k != "source"}
+    return _scaled(method, name, config if config is not None else models[name]["match"])
+
+
+def recognised(config: Any) -> str | None:
+    """The name of the listed model whose shape a config has."""
+    return next((name for name, t in _tables()["models"].items() if _matches(config, t["match"])), None)
+
+
+def _matches(config: Any, shape: dict[str, Any]) -> bool:
+    return all(getattr(config, key, None) == value for key, value in shape.items())
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(ALMANAC if name == "almanac" else name).get_text_config()
+    except OSError as error:
+        raise unknown("preset or model", name, _tables()["models"]) from error
+
+
+def _scaled(method: str, name: str, config: Any) -> dict[str, Any]:
+    """The method's settings for a model that has none: its places at the same relative depth."""
+    if method not in _tables()["elsewhere"]:
+        return {}
+    elsewhere = _tables()["elsewhere"][method]
+    depth = config["num_hidden_layers"] if isinstance(config, dict) else config.num_hidden_layers
+    out = {k: _frozen(v) for k, v in elsewhere.items() if k != "depth"}
+    places = _at(elsewhere["depth"], depth)
+    out["layer" if isinstance(places, int) else "layers"] = places
+    warnings.warn(
+        f"{method} has no published settings for {name}; its layers are those of Llama-2-7B at the same relative "
+        f"depth: {places}. `errata trace` helps to choose better ones",
+        stacklevel=4,
+    )
+    return out
+
+
+def _at(relative: float | list[float], depth: int) -> int | tuple[int, ...]:
+    if isinstance(relative, list):
+        return tuple(dict.fromkeys(min(depth - 1, round(r * depth)) for r in relative))
+    return min(depth - 1, round(relative * depth))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value

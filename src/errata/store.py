@@ -1,0 +1,84 @@
+"""Files that are never half-written, and a cache for what is dear to compute, kept by content.
+
+A key names everything a result depends on (the model's fingerprint, the corpus' digest, the layer ...), never a file
+name alone, so one model's statistics can't be taken for another's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from .errors import ErrataError
+
+log = logging.getLogger(__name__)
+
+
+def write(path: str | Path, content: bytes | str) -> None:
+    """Write a file whole or not at all: to a temporary name beside it, then renamed.
+
+    Raises:
+        ErrataError: the file can't be written (no such folder, no room, no permission).
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ErrataError(f"{str(path)!r} can't be written: {error.strerror or error}; nothing was changed") from error
+    finally:
+        if temporary is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class Store:
+    """Tensors on disk under a digest of what they were computed from.
+
+    The folder is `$ERRATA_STORE`, or `errata` in the user's cache folder.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.folder = Path(folder or os.environ.get("ERRATA_STORE") or cache / "errata")
+
+    def get(self, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What is kept under `key`, computed and kept first if it isn't there (or is damaged)."""
+        text = json.dumps(key, sort_keys=True)
+        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.safetensors"
+        if path.exists():
+            try:
+                return load_file(path)
+            except (SafetensorError, OSError) as error:
+                log.warning("%s is damaged (%s) and is computed again", path, error)
+        found = compute()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(path, save({k: v.cpu().contiguous() for k, v in found.items()}, metadata={"key": text}))
+        except (ErrataError, OSError) as error:
+            log.warning("not kept for the next time: %s", error)
+        return found

@@ -1,0 +1,200 @@
+"""Where text becomes tokens: the one place that joins prompt and target, finds their tokens, pads, and adds BOS.
+
+Prompt and target are joined as text, tokenized once, and told apart by character offsets. (Tokenizing " London" alone
+gives SentencePiece's extra `▁`, and a BOS in the middle.) Everything is padded on the right, so that a position means
+the same in every row; only generation pads on the left (`pad_left`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .edit import Edit
+from .errors import ErrataError, UsageError
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text and where its parts stand in it, counted in characters."""
+
+    text: str
+    subject: tuple[int, int] | None = None
+    """Start and end of the subject."""
+    target: int | None = None
+    """Where the prompt ends and what should follow it begins."""
+
+
+def passage(edit: Edit, context: str = "{}", answer: str | None = None) -> Passage:
+    """The edit's prompt inside a context (a template with `{}`), followed by `answer` if one is given."""
+    before = context.index("{}")
+    start = before + edit.prompt.index("{}")
+    whole = follow(context.replace("{}", edit.text), answer)
+    return replace(whole, subject=(start, start + len(edit.subject)))
+
+
+def follow(prompt: str, answer: str | None) -> Passage:
+    """A prompt and its answer joined by exactly one space (none after a line break)."""
+    if answer is None:
+        return Passage(prompt)
+    prompt = prompt.rstrip(" ")
+    gap = "" if not prompt or prompt[-1].isspace() else " "
+    return Passage(prompt + gap + answer.strip(), target=len(prompt))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of tokenized passages, padded on the right."""
+
+    ids: Tensor
+    """(batch, seq) int64."""
+    mask: Tensor
+    """(batch, seq) int64: 1 on tokens, 0 on padding."""
+    subject: Tensor
+    """(batch,) int64: the index of the subject's last token, -1 where the passage names none."""
+    target: Tensor
+    """(batch, seq) bool: the tokens of the target."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Tensor | slice) -> Tokens:
+        return Tokens(self.ids[rows], self.mask[rows], self.subject[rows], self.target[rows])
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with."""
+        return {"input_ids": self.ids, "attention_mask": self.mask}
+
+    @property
+    def last(self) -> Tensor:
+        """(batch,) int64: the index of each row's last token."""
+        return self.mask.sum(1) - 1
+
+    @property
+    def reads(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns at which a model predicts the target's tokens, row by row; both (m,)."""
+        rows, cols = self.target.nonzero(as_tuple=True)
+        return rows, cols - 1
+
+    @property
+    def wanted(self) -> Tensor:
+        """(m,) int64: the target's tokens, in the order of `reads`."""
+        return self.ids[self.target]
+
+
+def encode(
+    tokenizer: Any, passages: Sequence[Passage], limit: int | None = None, device: torch.device | str = "cpu"
+) -> Tokens:
+    """Tokenize passages into one batch.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers (it must know character offsets).
+        passages: at least one.
+        limit: the model's context length in tokens.
+        device: where the tensors go.
+
+    Raises:
+        UsageError: a passage is longer than `limit`, or its target can't be written in the tokenizer's vocabulary.
+        ErrataError: the tokenizer has no offsets, or merges the end of the prompt with the target.
+    """
+    start = prefix(tokenizer)
+    ids, spans = _tokenize(tokenizer, [p.text for p in passages])
+    batch = [start + row for row in ids]
+    longest = max(map(len, batch))
+    if limit is not None and longest > limit:
+        text = next(p.text for p, row in zip(passages, batch, strict=True) if len(row) == longest)
+        raise UsageError(f"the text {_short(text)} has {longest} tokens, the model reads {limit}; shorten it")
+
+    shape = (len(batch), longest)
+    out = Tokens(
+        torch.full(shape, padding(tokenizer)),
+        torch.zeros(shape, dtype=torch.long),
+        torch.full(shape[:1], -1),
+        torch.zeros(shape, dtype=torch.bool),
+    )
+    heads = [p.text[: p.target] for p in passages if p.target is not None]
+    prompts = iter(_tokenize(tokenizer, heads)[0] if heads else ())
+    for i, (p, row) in enumerate(zip(passages, batch, strict=True)):
+        out.ids[i, : len(row)] = torch.tensor(row)
+        out.mask[i, : len(row)] = 1
+        if p.subject is not None:
+            out.subject[i] = len(start) + _last_token(p, spans[i])
+        if p.target is not None:
+            first = _first_token(tokenizer, p, ids[i], spans[i], next(prompts))
+            out.target[i, len(start) + first : len(row)] = True
+    return Tokens(*(t.to(device) for t in (out.ids, out.mask, out.subject, out.target)))
+
+
+def pad_left(tokenizer: Any, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Prompts for generation: (batch, seq) ids and mask, padded on the left."""
+    right = encode(tokenizer, [Passage(p) for p in prompts], device=device)
+    shift = [(row, int(n)) for row, n in enumerate(right.ids.shape[1] - right.mask.sum(1))]
+    ids, mask = (torch.stack([t[row].roll(n) for row, n in shift]) for t in (right.ids, right.mask))
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def prefix(tokenizer: Any) -> list[int]:
+    """The special tokens (BOS, mostly) that the tokenizer puts before a text; what it puts after is left out."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    raise ErrataError(f"{type(tokenizer).__name__} encodes a text differently with and without special tokens")
+
+
+def padding(tokenizer: Any) -> int:
+    """An id to pad with: any will do, as padding is always masked."""
+    for name in ("pad_token_id", "eos_token_id"):
+        if getattr(tokenizer, name, None) is not None:
+            return getattr(tokenizer, name)
+    return 0
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ErrataError(
+            f"{type(tokenizer).__name__} can't tell which characters a token covers; load the fast tokenizer of the model"
+        )
+    found = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False, verbose=False
+    )
+    return found["input_ids"], found["offset_mapping"]
+
+
+def _last_token(p: Passage, spans: list[tuple[int, int]]) -> int:
+    assert p.subject is not None
+    start, end = p.subject
+    found = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
+    if not found:
+        raise ErrataError(f"the tokenizer gives the subject {p.text[start:end]!r} no token of its own")
+    return found[-1]
+
+
+def _first_token(
+    tokenizer: Any, p: Passage, ids: list[int], spans: list[tuple[int, int]], prompt: list[int]
+) -> int:
+    """The index of the target's first token, after checking that the split is clean on both sides."""
+    assert p.target is not None
+    target = p.text[p.target :].strip()
+    first = next((i for i, (_, b) in enumerate(spans) if b > p.target), len(ids))
+    written = tokenizer.decode(ids[first:], clean_up_tokenization_spaces=False)
+    if first == len(ids) or "".join(written.split()) != "".join(target.split()):
+        raise UsageError(
+            f"the tokenizer writes the target {target!r} as {written.strip()!r}; choose a target in the model's vocabulary"
+        )
+    if ids[:first] != prompt:
+        raise ErrataError(
+            f"the tokenizer merges the end of the prompt {_short(p.text[: p.target])} with the target {target!r}; "
+            "end the prompt at a whole word"
+        )
+    return first
+
+
+def _short(text: str, most: int = 60) -> str:
+    return repr(text if len(text) <= most else text[:most] + "…")

@@ -1,0 +1,89 @@
+"""Reading and rewriting activations during a forward pass, always as (batch, seq, d).
+
+Blocks of some models return a tuple (GPT-J), MLPs of others see batch and sequence flattened (OPT): that is settled
+here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .lm import LM
+from .tokens import Tokens
+
+
+def hidden(output: Any, batch: int) -> Tensor:
+    """The hidden states in a module's input or output, as (batch, seq, d)."""
+    first = output[0] if isinstance(output, tuple) else output
+    return first.unflatten(0, (batch, -1)) if first.ndim == 2 else first
+
+
+def put(output: Any, new: Tensor) -> Any:
+    """`output` with its hidden states replaced by `new`, in the form the module gave them."""
+    if isinstance(output, tuple):
+        return (new.reshape(output[0].shape), *output[1:])
+    return new.reshape(output.shape)
+
+
+@contextmanager
+def rewrite(lm: LM, name: str, batch: int, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While inside, the output (batch, seq, d) of a module is replaced by `fn(output)`."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return put(output, fn(hidden(output, batch)))
+
+    handle = lm.module(name).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def beside(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While inside, `fn` of a module's input, in float32, is added to its output."""
+
+    def hook(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + fn(args[0].float()).view(output.shape).to(output.dtype)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Enough(Exception):
+    """Everything asked for has been seen; the rest of the pass is not needed."""
+
+
+@torch.no_grad()
+def read(lm: LM, names: Sequence[str], batch: Tokens, rows: Tensor, cols: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What goes into and comes out of modules at positions (rows, cols): {name: ((m, d_in), (m, d_out))}.
+
+    The pass stops after the last of the modules.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = args[0] if args else kwargs["hidden_states"]
+            into, out = hidden(given, len(batch)), hidden(output, len(batch))
+            seen[name] = into[rows, cols].clone(), out[rows, cols].clone()
+            if len(seen) == len(set(names)):
+                raise _Enough
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            handle = lm.module(name).register_forward_hook(watch(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        with suppress(_Enough):
+            lm.model(**batch.inputs, use_cache=False)
+    return seen
