@@ -1,0 +1,80 @@
+# Everything one does with this repository. `make` alone lists it.
+#
+# `make setup` is the only step that needs a network (the Python package index, wherever pip is told to find it). Every
+# other goal calls it, and it does nothing while pyproject.toml and constraints.txt are as they were.
+
+SHELL := bash
+PYTHON ?= python3
+ARGS ?=
+
+venv := .venv
+bin := $(venv)/bin
+python := $(bin)/python
+ready := $(venv)/.ready
+torch := $(shell sed -n 's/^\(torch==[^ ;\#]*\).*/\1/p' constraints.txt)
+copied := $(shell [ ! -e $(ready) ] || [ "$$(cat $(ready))" = "$$(pwd)" ] || echo yes)
+new_enough := import sys; sys.exit(sys.version_info < (3, 11))
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check format bench clean always
+.DELETE_ON_ERROR:
+
+help: ## list the goals
+	@echo "usage: make GOAL [ARGS='...']"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(ready) ## make .venv and install errata with its tools; does nothing when nothing changed
+
+demo: $(ready) ## correct real facts in the built-in model, and put everything back
+	@$(bin)/errata demo $(ARGS)
+
+# No test may reach for a network: the hub is switched off.
+test test-all: export HF_HUB_OFFLINE := 1
+
+test: $(ready) ## the fast tests
+	@$(python) -m pytest $(ARGS)
+
+test-all: $(ready) ## all tests, also the slow ones
+	@$(python) -m pytest -m "" $(ARGS)
+
+check: $(ready) ## format, lint and types, changing nothing
+	@$(python) -m ruff format --check .
+	@$(python) -m ruff check .
+	@$(python) -m pyright
+
+format: $(ready) ## format, and mend what ruff can mend
+	@$(python) -m ruff format .
+	@$(python) -m ruff check --fix .
+
+bench: $(ready) ## measure; for instance make bench ARGS='--method rome'
+	@$(bin)/errata bench $(ARGS)
+
+clean: ## remove what was built and cached (.venv stays; to start over: rm -rf .venv)
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	@find . -path ./$(venv) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Torch comes first and alone: it is the one large and platform-dependent package, and whatever follows must take it as
+# it is. An environment that was left half made is completed; one whose pip does not run, or that was copied from another
+# folder (its scripts still point there), is made again.
+$(ready): pyproject.toml constraints.txt
+	@[ -n "$(torch)" ] || { echo "constraints.txt names no torch==VERSION: put the line back" >&2; exit 1; }
+	@if [ -n "$(copied)" ] || ! { $(python) -c '$(new_enough)' && $(python) -m pip --version; } >/dev/null 2>&1; then \
+		$(PYTHON) -c '$(new_enough)' || { \
+			echo "errata needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+				"Name another: make setup PYTHON=python3.12" >&2; exit 1; }; \
+		echo "making $(venv) with $$($(PYTHON) -V)"; \
+		$(PYTHON) -m venv --clear $(venv); \
+	fi
+	@rm -f $@
+	@echo "installing $(torch), then errata with its tools"
+	@$(python) -m pip install "$(torch)"
+	@$(python) -m pip install -c constraints.txt -e '.[dev]'
+	@$(python) -c 'import torch' || { echo "torch does not import: rm -rf $(venv), then make setup" >&2; exit 1; }
+	@pwd > $@
+
+ifneq ($(copied),)
+$(ready): always
+endif
