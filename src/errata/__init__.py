@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from . import bench, data
     from .data import Case, Probe
     from .lm import LM, Site, load
-    from .method import Method, method, methods, sequential
+    from .method import Method, methods, sequential
     from .methods import FT, FTL, FTM, GRACE, ROME, RROME
     from .patch import Patch
 
@@ -37,7 +37,6 @@ _WHERE = {
     "Patch": "patch",
     "Method": "method",
     "methods": "method",
-    "method": "method",
     "sequential": "method",
     **dict.fromkeys(("ROME", "RROME", "FT", "FTL", "FTM", "GRACE"), "methods"),
     "Case": "data",
@@ -65,7 +64,6 @@ __all__ = [
     "bench",
     "data",
     "load",
-    "method",
     "methods",
     "sequential",
 ]

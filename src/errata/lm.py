@@ -176,7 +176,9 @@ class LM:
     def _linear(self, name: str) -> Site:
         module = self.module(name)
         if not isinstance(module, nn.Linear | Conv1D):
-            raise UsageError(f"{name} is a {type(module).__name__}, not a linear map; `errata anatomy` lists the places")
+            raise UsageError(
+                f"{name} is a {type(module).__name__}, not a linear map; `errata anatomy` lists the places"
+            )
         return Site(name, module)
 
     # Using it
@@ -185,10 +187,15 @@ class LM:
         """Passages as one batch on the model's device."""
         return tokens.encode(self.tokenizer, passages, limit=self.context, device=self.device)
 
-    def logits(self, batch: tokens.Tokens, rows: Tensor, cols: Tensor) -> Tensor:
+    def logits(self, rows: Tensor, cols: Tensor, **inputs: Any) -> Tensor:
         """Logits at positions (rows, cols) of a batch, (m, vocabulary) in float32; the head runs only there.
 
         Gradients flow unless the caller turned them off.
+
+        Args:
+            rows: (m,).
+            cols: (m,).
+            inputs: what the model is called with: `**tokens.inputs`, and a cache if there is one.
         """
         seen = []
 
@@ -196,10 +203,9 @@ class LM:
             seen.append(True)
             return (args[0][rows, cols][None], *args[1:])
 
-        head = self.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(gather)
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
         try:
-            found = self.model(**batch.inputs, use_cache=False).logits
+            found = self.model(**{"use_cache": False, **inputs}).logits
         finally:
             handle.remove()
         return (found[0] if seen else found[rows, cols]).float()

@@ -105,7 +105,7 @@ class Method(ABC):
             found.append(self.patch(lm, [edit], Patch()))
         return found
 
-    def prepare(self, lm: LM) -> None:  # noqa: B027: nothing to prepare is the usual case
+    def prepare(self, lm: LM) -> None:
         """Compute what the method needs of the unedited model, and keep it in `lm.memo`; called before `prior` is applied."""
 
     @contextmanager
@@ -121,7 +121,9 @@ class Method(ABC):
     def _signed(self, new: Patch, lm: LM, edits: tuple[Edit, ...]) -> Patch:
         for name, changes in new.changes.items():
             if not all(c.finite() for c in changes):
-                raise ErrataError(f"{self.name} found no finite change of {name} for {edits[0].text!r}; nothing was changed")
+                raise ErrataError(
+                    f"{self.name} found no finite change of {name} for {edits[0].text!r}; nothing was changed"
+                )
         about = {
             "base": {"fingerprint": lm.fingerprint, "name": lm.name},
             "steps": [{"method": self.name, "settings": json.loads(json.dumps(asdict(self))), "edits": len(edits)}],
@@ -130,7 +132,9 @@ class Method(ABC):
         return replace(new, edits=edits, about=about)
 
 
-def sequential(method: Method, lm: LM, batches: Iterable[Sequence[Edit]], prior: Patch | None = None) -> Iterator[Patch]:
+def sequential(
+    method: Method, lm: LM, batches: Iterable[Sequence[Edit]], prior: Patch | None = None
+) -> Iterator[Patch]:
     """Edit batch after batch; yields the whole patch after each (eq. 3 of the EasyEdit paper)."""
     yield from accumulate(batches, lambda patch, batch: method.edit(lm, batch, patch), initial=prior or Patch())
 

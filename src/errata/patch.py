@@ -87,7 +87,9 @@ class Patch:
         stay = [i for i in range(len(self.edits)) if i not in found]
         place = torch.full((len(self.edits),), -1)
         place[stay] = torch.arange(len(stay))
-        left = replace(self, changes={n: cs for n, cs in changes.items() if cs}, edits=tuple(self.edits[i] for i in stay))
+        left = replace(
+            self, changes={n: cs for n, cs in changes.items() if cs}, edits=tuple(self.edits[i] for i in stay)
+        )
         return replace(left, changes=left._renumbered(lambda owners: place[owners]))
 
     def _renumbered(self, number: Any) -> dict[str, tuple[Change, ...]]:
@@ -116,7 +118,9 @@ class Patch:
         for name, changes in self.changes.items():
             site = lm.site(name)
             if not all(c.fits(site) for c in changes):
-                raise ErrataError(f"the patch does not fit {name}, which is {site.shape[0]} x {site.shape[1]} in {lm.name}")
+                raise ErrataError(
+                    f"the patch does not fit {name}, which is {site.shape[0]} x {site.shape[1]} in {lm.name}"
+                )
         return list(self.changes.items())
 
     @property
@@ -156,7 +160,7 @@ class Patch:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118: not a mapping
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
             raise ErrataError(f"{str(path)!r} is damaged or no safetensors file ({error}); get a whole copy") from error
         if "errata" not in metadata:
@@ -203,7 +207,9 @@ def applied_by_row(lm: LM, patches: Sequence[Patch]) -> Iterator[LM]:
         if not patch.low_rank:
             raise ErrataError("only low-rank patches can be applied row by row")
     names = dict.fromkeys(name for patch in patches for name in patch.changes)
-    rows = {n: [c[0] if (c := p.changes.get(n)) and isinstance(c[0], LowRank) else None for p in patches] for n in names}
+    rows = {
+        n: [c[0] if (c := p.changes.get(n)) and isinstance(c[0], LowRank) else None for p in patches] for n in names
+    }
     with _attached(lm, [(n, lambda site, n=n: attach_rows(site, rows[n])) for n in names]):
         yield lm
 
@@ -215,6 +221,7 @@ def added(patches: Sequence[Patch]) -> Patch:
 
 @contextmanager
 def _attached(lm: LM, parts: Sequence[tuple[str, Any]]) -> Iterator[None]:
+    lm.fingerprint  # noqa: B018 - taken now, while the weights are the base's
     undo = ExitStack()
     try:
         with _uninterrupted():

@@ -63,15 +63,18 @@ def _scaled(method: str, name: str, config: Any) -> dict[str, Any]:
         return {}
     elsewhere = _tables()["elsewhere"][method]
     depth = config["num_hidden_layers"] if isinstance(config, dict) else config.num_hidden_layers
-    out = {k: _frozen(v) for k, v in elsewhere.items() if k != "depth"}
-    places = _at(elsewhere["depth"], depth)
-    out["layer" if isinstance(places, int) else "layers"] = places
+    places = {k: _at(v["depth"], depth) for k, v in elsewhere.items() if isinstance(v, dict)}
+    out = {k: _frozen(v) for k, v in elsewhere.items()} | places
     warnings.warn(
         f"{method} has no published settings for {name}; its layers are those of Llama-2-7B at the same relative "
-        f"depth: {places}. `errata trace` helps to choose better ones",
+        f"depth: {_named(places)}. `errata trace` helps to choose better ones",
         stacklevel=4,
     )
     return out
+
+
+def _named(places: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {place}" for name, place in places.items())
 
 
 def _at(relative: float | list[float], depth: int) -> int | tuple[int, ...]:

@@ -66,19 +66,38 @@ class Store:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.folder = Path(folder or os.environ.get("ERRATA_STORE") or cache / "errata")
 
-    def get(self, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What is kept under `key`, computed and kept first if it isn't there (or is damaged)."""
-        text = json.dumps(key, sort_keys=True)
-        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.safetensors"
-        if path.exists():
-            try:
-                return load_file(path)
-            except (SafetensorError, OSError) as error:
-                log.warning("%s is damaged (%s) and is computed again", path, error)
-        found = compute()
+    def load(self, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """What is kept under `key`; None if nothing is, or it is damaged."""
+        path = self._path(key)
+        if not path.exists():
+            return None
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            log.warning("%s is damaged (%s) and is made again", path, error)
+            return None
+
+    def keep(self, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under `key`. A full or read-only disk is no failure: they are computed again the next time."""
+        content = {name: t.cpu().contiguous() for name, t in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(path, save({k: v.cpu().contiguous() for k, v in found.items()}, metadata={"key": text}))
+            write(self._path(key), save(content, metadata={"key": json.dumps(key, sort_keys=True)}))
         except (ErrataError, OSError) as error:
             log.warning("not kept for the next time: %s", error)
+
+    def drop(self, key: Mapping[str, Any]) -> None:
+        """Forget what is kept under `key`."""
+        self._path(key).unlink(missing_ok=True)
+
+    def get(self, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What is kept under `key`, computed and kept first if it isn't there."""
+        found = self.load(key)
+        if found is None:
+            found = compute()
+            self.keep(key, found)
         return found
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        text = json.dumps(key, sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.safetensors"

@@ -176,9 +176,7 @@ def _last_token(p: Passage, spans: list[tuple[int, int]]) -> int:
     return found[-1]
 
 
-def _first_token(
-    tokenizer: Any, p: Passage, ids: list[int], spans: list[tuple[int, int]], prompt: list[int]
-) -> int:
+def _first_token(tokenizer: Any, p: Passage, ids: list[int], spans: list[tuple[int, int]], prompt: list[int]) -> int:
     """The index of the target's first token, after checking that the split is clean on both sides."""
     assert p.target is not None
     target = p.text[p.target :].strip()

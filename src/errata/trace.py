@@ -62,6 +62,27 @@ class _Enough(Exception):
     """Everything asked for has been seen; the rest of the pass is not needed."""
 
 
+def watch(lm: LM, names: Sequence[str], inputs: dict[str, Any], see: Callable[[str, Any, Any], None]) -> None:
+    """Run the model until each of the modules has run once; `see(name, input, output)` is called after each."""
+    waiting = set(names)
+
+    def hook(name: str) -> Callable[..., None]:
+        def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            see(name, args[0] if args else kwargs["hidden_states"], output)
+            waiting.discard(name)
+            if not waiting:
+                raise _Enough
+
+        return after
+
+    with ExitStack() as stack:
+        for name in waiting:
+            handle = lm.module(name).register_forward_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        with suppress(_Enough):
+            lm.model(**{"use_cache": False, **inputs})
+
+
 @torch.no_grad()
 def read(lm: LM, names: Sequence[str], batch: Tokens, rows: Tensor, cols: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """What goes into and comes out of modules at positions (rows, cols): {name: ((m, d_in), (m, d_out))}.
@@ -70,20 +91,17 @@ def read(lm: LM, names: Sequence[str], batch: Tokens, rows: Tensor, cols: Tensor
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = args[0] if args else kwargs["hidden_states"]
-            into, out = hidden(given, len(batch)), hidden(output, len(batch))
-            seen[name] = into[rows, cols].clone(), out[rows, cols].clone()
-            if len(seen) == len(set(names)):
-                raise _Enough
+    def see(name: str, given: Any, output: Any) -> None:
+        into, out = hidden(given, len(batch)), hidden(output, len(batch))
+        seen[name] = into[rows, cols].clone(), out[rows, cols].clone()
 
-        return hook
+    watch(lm, names, batch.inputs, see)
+    return seen
 
-    with ExitStack() as stack:
-        for name in names:
-            handle = lm.module(name).register_forward_hook(watch(name), with_kwargs=True)
-            stack.callback(handle.remove)
-        with suppress(_Enough):
-            lm.model(**batch.inputs, use_cache=False)
+
+@torch.no_grad()
+def outputs_of(lm: LM, names: Sequence[str], inputs: dict[str, Any]) -> dict[str, Any]:
+    """What modules put out, in the form they gave it. The pass stops after the last of them."""
+    seen: dict[str, Any] = {}
+    watch(lm, names, inputs, lambda name, _, output: seen.__setitem__(name, output))
     return seen

@@ -1,8 +1,27 @@
 """One file per paper. Importing this registers them all."""
 
+import sys
+from types import ModuleType
+
+from ..method import Method
+from ..method import methods as _registered
+from .alphaedit import AlphaEdit
+from .emmet import EMMET
 from .ft import FT, FTL, FTM
 from .grace import GRACE
+from .memit import MEMIT
+from .pmet import PMET
 from .r_rome import RROME
 from .rome import ROME
 
-__all__ = ["FT", "FTL", "FTM", "GRACE", "ROME", "RROME"]
+__all__ = ["EMMET", "FT", "FTL", "FTM", "GRACE", "MEMIT", "PMET", "ROME", "RROME", "AlphaEdit"]
+
+
+class _Registry(ModuleType):
+    """`errata.methods` is this package and, called, the registry: Python puts a package over a function of its name."""
+
+    def __call__(self) -> dict[str, type[Method]]:
+        return _registered()
+
+
+sys.modules[__name__].__class__ = _Registry

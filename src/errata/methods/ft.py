@@ -75,7 +75,7 @@ class FT(Method, name="ft"):
             wanted = tokens.ids[rows, cols + 1]
         elif self.loss == "last":
             cols = (tokens.target.long().argmax(1) - 1)[rows]
-        said = log_softmax(lm.logits(tokens, rows, cols), -1).gather(1, wanted[:, None])[:, 0]
+        said = log_softmax(lm.logits(rows, cols, **tokens.inputs), -1).gather(1, wanted[:, None])[:, 0]
         return -(said / rows.bincount(minlength=len(tokens))[rows]).sum() / len(tokens)
 
 

@@ -14,6 +14,7 @@ from ..edit import Edit
 from ..lm import LM, Site
 from ..method import Method
 from ..patch import Patch
+from ..replay import passes
 from ..tokens import Tokens, passage
 from ..trace import read, rewrite
 
@@ -60,14 +61,16 @@ class GRACE(Method, name="grace"):
         values = start.to(lm.device).requires_grad_()
         optimiser = torch.optim.Adam([values], lr=self.rate)
 
+        again = passes(lm, tokens, site.name, cols)
+
         def write(output: Tensor) -> Tensor:
             output = output.clone()
-            output[rows, cols] = values.to(output.dtype)
+            output[rows, again.start] = values.to(output.dtype)
             return output
 
         for _ in range(self.steps):
             with rewrite(lm, site.name, len(tokens), write):
-                said = log_softmax(lm.logits(tokens, *tokens.reads), -1)
+                said = log_softmax(again.logits(*tokens.reads), -1)
             nll = -said.gather(1, tokens.wanted[:, None])[:, 0]
             loss = (nll / tokens.target.sum(1)[tokens.reads[0]]).sum()
             optimiser.zero_grad()

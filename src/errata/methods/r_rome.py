@@ -21,4 +21,5 @@ class RROME(ROME, name="r-rome"):
     source = "https://arxiv.org/abs/2403.07175"
 
     def present(self, lm: LM, site: Site, edits: Sequence[Edit], templates: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return at_subject(lm, site, edits, templates)
+        k, v = at_subject(lm, site.name, edits, templates)
+        return k.mean(1), v.mean(1)

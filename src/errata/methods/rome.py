@@ -47,8 +47,8 @@ class ROME(TargetSearch, Method, name="rome"):
 
     def patches(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
         site, templates = lm.site(self.layer), contexts.sample(lm, self.lengths, self.seed)
-        k_star, _ = at_subject(lm, site, edits, templates)
-        v_star = self.find(lm, site, edits, templates)
+        k_star = at_subject(lm, site.name, edits, templates)[0].mean(1)
+        (v_star,) = self.find(lm, [site.name], edits, templates)
         k, v = self.present(lm, site, edits, templates)
         u = whiten(moments.cholesky(lm, site, self.corpus), k_star) if self.whiten else k_star.double()
         u = u / u.norm(dim=1, keepdim=True)
@@ -57,7 +57,8 @@ class ROME(TargetSearch, Method, name="rome"):
 
     def present(self, lm: LM, site: Site, edits: Sequence[Edit], templates: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The key that the update is scaled for, and the value it has now: those of the bare prompt."""
-        return at_subject(lm, site, edits)
+        k, v = at_subject(lm, site.name, edits)
+        return k[:, 0], v[:, 0]
 
 
 def _rank_one(left: Tensor, right: Tensor) -> LowRank:

@@ -1,6 +1,9 @@
-"""The linear algebra of an update: keys whitened by a second moment.
+"""Closed forms for an update of W. The letters are the papers': K (n, d_in) are keys, R (n, d_out) what W k still lacks,
+C (d_in, d_in) the second moment of keys on ordinary text.
 
-Solved in float64 on a processor; a singular moment (dead ReLU units, a short corpus) is regularised, and said so.
+C is factored once; a batch of n edits then costs O(d^2 n), through Woodbury. Everything is solved in float64 and comes
+out as factors in float32, one of rank one for each edit. A singular C (dead ReLU units, a short corpus) is regularised,
+and the log says so.
 """
 
 from __future__ import annotations
@@ -10,28 +13,80 @@ import logging
 import torch
 from torch import Tensor
 
+from ..changes import LowRank
+from ..errors import ErrataError
+
 log = logging.getLogger(__name__)
 
 
 def factor(C: Tensor) -> Tensor:
-    """The Cholesky factor L of C + eps * mean(diag C) * I, (d, d) float64, with the least eps that makes it definite."""
+    """The Cholesky factor L of C + eps * mean(diag C) * I, (d, d) float64, with the least eps that keeps it steady."""
     C = C.double()
-    scale = C.diagonal().mean()
+    unit = C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
     for eps in (0.0, 1e-10, 1e-8, 1e-6, 1e-4):
-        L, failed = torch.linalg.cholesky_ex(C + eps * scale * torch.eye(len(C), dtype=C.dtype, device=C.device))
-        if not failed and _steady(L):
+        L, failed = torch.linalg.cholesky_ex(C + eps * unit)
+        steady = L.diagonal().min() > 1e-6 * L.diagonal().max()  # else solving loses half of float64's digits
+        if not failed and steady:
             if eps:
-                log.info("the second moment is singular; solved with %.0e of its mean diagonal added", eps)
+                log.info("the second moment is singular; %.0e of its mean diagonal was added", eps)
             return L
-    raise ValueError("the second moment is not positive semi-definite")
-
-
-def _steady(L: Tensor) -> bool:
-    """Whether solving with L keeps at least half of float64's digits."""
-    diagonal = L.diagonal()
-    return bool(diagonal.min() / diagonal.max() > 1e-6)
+    raise ErrataError("the second moment is not one: it has a negative direction; compute it again")
 
 
 def whiten(L: Tensor, K: Tensor) -> Tensor:
-    """C^-1 k for every key: (n, d) in, (n, d) out, in float64."""
+    """C^-1 k for every key: (n, d) in, (n, d) float64 out."""
     return torch.cholesky_solve(K.to(L).T, L).T
+
+
+def exact(K: Tensor, R: Tensor, L: Tensor, jitter: float = 0.0) -> LowRank:
+    """Min tr(dW C dW^T) subject to dW k = r: dW = R^T (K C^-1 K^T + jitter I)^-1 K C^-1 (EMMET, eq. 11; ROME for n = 1).
+
+    Args:
+        K: (n, d_in).
+        R: (n, d_out).
+        L: the factor of C.
+        jitter: softens the constraints of keys that are nearly the same.
+    """
+    KC = whiten(L, K)
+    D = KC @ K.to(KC).T
+    return factors(R, torch.linalg.solve(D + jitter * torch.eye(len(K)).to(D), KC))
+
+
+def ridge(K: Tensor, R: Tensor, L: Tensor, weight: float) -> LowRank:
+    """Min |dW K^T - R^T|^2 + weight tr(dW C dW^T): dW = R^T K (weight C + K^T K)^-1 (MEMIT, eq. 14).
+
+    By Woodbury, K (weight C + K^T K)^-1 = (I + K A K^T)^-1 K A with A = C^-1 / weight: an n x n system.
+    """
+    KA = whiten(L, K) / weight
+    D = KA @ K.to(KA).T
+    return factors(R, torch.linalg.solve(D + torch.eye(len(K)).to(D), KA))
+
+
+def null_space(K: Tensor, R: Tensor, P: Tensor, past: Tensor, weight: float) -> LowRank:
+    """Ridge inside the null space of what is to be kept: dW = R^T K P (P (K^T K + past^T past) + weight I)^-1 (AlphaEdit,
+    eq. 14), solved for all keys at once in the dual, as big as the number of keys and not of their entries.
+
+    Args:
+        K: (n, d_in).
+        R: (n, d_out).
+        P: the projector, (d_in, d_in).
+        past: keys of earlier edits, (m, d_in).
+        weight: of the size of the update.
+    """
+    keys = torch.cat([K, past.to(K)]).double()
+    projected = keys @ P.double()
+    G = projected @ keys.T
+    inverse = torch.linalg.inv(G + weight * torch.eye(len(G)).to(G))
+    return factors(R, inverse[: len(K)] @ projected)
+
+
+def projector(C: Tensor, below: float) -> Tensor:
+    """Onto the eigenvectors of C with eigenvalues under `below`: the directions that ordinary text does not use."""
+    values, vectors = torch.linalg.eigh(C.double())
+    free = vectors[:, values < below]
+    return free @ free.T
+
+
+def factors(R: Tensor, right: Tensor) -> LowRank:
+    """DW = R^T right, the i-th column and row belonging to edit i."""
+    return LowRank(torch.arange(len(R)), R.T.float().contiguous().cpu(), right.float().contiguous().cpu())

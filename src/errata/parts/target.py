@@ -1,13 +1,15 @@
-"""v*: the output of a matrix which, put at the subject's last token, makes the model say the target.
+"""v*: what a module should put out at the subject's last token for the model to say the target.
 
 Meng et al. 2022 (ROME), https://arxiv.org/abs/2202.05262, eq. 4. Edits are independent of each other, so all of them
-share every pass, one delta per edit; an edit that is done leaves the batch.
+share every pass, one delta per edit, and edits that are done leave the batch. Passes are replayed from the edited
+layer and the subject on (`errata.replay`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +18,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from ..edit import Edit
-from ..lm import LM, Site
-from ..tokens import Tokens, passage
+from ..lm import LM
+from ..replay import Passes, passes
+from ..tokens import Passage, Tokens, passage
 from ..trace import rewrite
 
 log = logging.getLogger(__name__)
@@ -45,82 +48,183 @@ class TargetSearch:
     stop: float = 0.05
     """The loss at which an edit is done."""
 
-    def find(self, lm: LM, site: Site, edits: Sequence[Edit], contexts: Sequence[str]) -> Tensor:
-        """v* of every edit, (edits, d_out) in float32."""
-        rows = [_rows(e, contexts) for e in edits]
-        tokens = lm.encode([p for group in rows for p in group])
-        together = max(1, TOKENS // (len(rows[0]) * tokens.ids.shape[1]))
-        found = []
-        for start in range(0, len(edits), together):
-            end = min(start + together, len(edits))
-            found.append(self._descend(lm, site, tokens[start * len(rows[0]) : end * len(rows[0])], end - start))
-        return torch.cat(found)
+    def find(
+        self, lm: LM, places: Sequence[str], edits: Sequence[Edit], contexts: Sequence[str], merge: bool = False
+    ) -> list[Tensor]:
+        """v* of every edit at every place: for each place (edits, d) in float32.
 
-    def _descend(self, lm: LM, site: Site, tokens: Tokens, n: int) -> Tensor:
-        """v* of n edits, each of which has equally many rows of tokens."""
-        delta = torch.zeros(n, site.shape[0], device=lm.device, requires_grad=True)
-        optimiser = torch.optim.Adam([delta], lr=self.rate)
-        active = torch.arange(n, device=lm.device)
-        first = _First()
-        for step in range(self.steps):
-            losses = self._losses(lm, site, tokens, delta, active, first)
-            log.debug("step %d: loss %s", step, losses.detach().tolist())
-            active = active[losses.detach() >= self.stop]
-            if step == self.steps - 1 or not len(active):
-                break
-            optimiser.zero_grad()
-            losses.sum().backward()
-            kept = delta.detach().clone()
-            optimiser.step()
-            with torch.no_grad():
-                kept[active] = _clamped(delta, first.v, self.clamp)[active]
-                delta.copy_(kept)
-        return (first.v + delta).detach()
+        Args:
+            lm: the model.
+            places: modules of one block; they get a delta each, found together.
+            edits: what should be said.
+            contexts: templates with `{}` for the prompt, the bare one first.
+            merge: one v* for all edits of a subject, so that they don't fight over it (MEMIT-Merge).
+        """
+        subjects = list(dict.fromkeys(e.subject if merge else i for i, e in enumerate(edits)))
+        member = torch.tensor([subjects.index(e.subject if merge else i) for i, e in enumerate(edits)])
+        rows = [p for e in edits for p in _rows(e, contexts)]
+        tokens = lm.encode(rows)
+        per = len(rows) // len(edits)
+        together = max(1, TOKENS // (per * tokens.ids.shape[1]))
+        found: list[list[Tensor]] = []
+        for group in _groups(member, together):
+            chosen = (group[:, None] * per + torch.arange(per)).flatten().to(lm.device)
+            _, owner = member[group].unique(return_inverse=True)
+            found.append(_Descent(self, lm, places, tokens[chosen], owner.to(lm.device), per).run())
+        order = torch.cat(list(_groups(member, together))).argsort().to(lm.device)
+        return [torch.cat(parts)[order] for parts in zip(*found, strict=True)]
 
-    def _losses(
-        self, lm: LM, site: Site, tokens: Tokens, delta: Tensor, active: Tensor, first: _First
-    ) -> Tensor:
-        """The loss of every active edit, (active,)."""
-        per = len(tokens) // len(delta)
-        batch = tokens[(active[:, None] * per + torch.arange(per, device=lm.device)).flatten()]
-        rows = torch.arange(len(batch), device=lm.device)
-        essence = rows[per - 1 :: per]
-        ends = batch.last if self.kl_at == "end" else batch.subject
-
-        def write(output: Tensor) -> Tensor:
-            at_subject = output[rows, batch.subject]
-            if first.v is None:
-                first.v = at_subject[::per].detach().float()
-            output = output.clone()
-            output[rows, batch.subject] = (at_subject + delta[active].repeat_interleave(per, 0)).to(output.dtype)
-            return output
-
-        read_rows, read_cols = batch.reads
-        with rewrite(lm, site.name, len(batch), write):
-            logits = lm.logits(batch, torch.cat([read_rows, essence]), torch.cat([read_cols, ends[essence]]))
-        said = log_softmax(logits, -1)
-        nll = -said[: len(read_rows)].gather(1, batch.wanted[:, None])[:, 0]
-        share = 1 / batch.target.sum(1)[read_rows] / (per - 1)
-        nll = torch.zeros(len(active), device=lm.device).index_add(0, read_rows // per, nll * share)
-        is_a = said[len(read_rows) :]
-        if first.is_a is None:
-            first.is_a = is_a.detach()
-        kl = kl_div(first.is_a[active], is_a, log_target=True, reduction="none").sum(1)
-        decay = delta[active].norm(dim=1) / first.v[active].norm(dim=1) ** 2
-        return nll + self.kl * kl + self.decay * decay
+    def judge(self, total: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """Which deltas are done, and how much the target counts in the next step; both (deltas,)."""
+        return total < self.stop, torch.ones_like(total)
 
 
 @dataclass
-class _First:
-    """What the first pass sees of every edit: the value at the bare prompt, and what follows "{subject} is a"."""
+class Loss:
+    """What a pass says of every delta, each (deltas,)."""
 
-    v: Tensor | None = None
-    is_a: Tensor | None = None
+    nll: Tensor
+    """Mean negative log-probability of the target's tokens."""
+    kl: Tensor
+    """Weighted divergence from what followed "{subject} is a"."""
+    decay: Tensor
+    """Weighted size."""
+    said: Tensor
+    """Whether every token of the target is the likeliest one in every context."""
 
 
-def _rows(edit: Edit, contexts: Sequence[str]) -> list:
+def _rows(edit: Edit, contexts: Sequence[str]) -> list[Passage]:
+    """The prompt and target in every context, then "{subject} is a"."""
     is_a = Edit("{} is a", edit.subject, edit.target)
     return [*(passage(edit, c, edit.target) for c in contexts), passage(is_a)]
+
+
+def _groups(member: Tensor, most: int) -> Iterator[Tensor]:
+    """Indices of edits, in batches of about `most`; those with a delta in common stay together."""
+    batch: list[int] = []
+    for subject in member.unique().tolist():
+        batch += (member == subject).nonzero()[:, 0].tolist()
+        if len(batch) >= most:
+            yield torch.tensor(batch)
+            batch = []
+    if batch:
+        yield torch.tensor(batch)
+
+
+class _Descent:
+    """One batch of edits on their way to v*."""
+
+    def __init__(
+        self, how: TargetSearch, lm: LM, places: Sequence[str], tokens: Tokens, owner: Tensor, per: int
+    ) -> None:
+        self.how, self.lm, self.places, self.tokens, self.owner, self.per = how, lm, places, tokens, owner, per
+        n = int(owner.max()) + 1
+        self.before: list[Tensor] = []  # v of every delta and place, seen in the first pass
+        self.is_a = torch.empty(0)  # what followed "{subject} is a" then, for every edit
+        self.deltas: list[Tensor] = []
+        self.n = n
+
+    def run(self) -> list[Tensor]:
+        """v* for each place, (edits, d)."""
+        active = torch.arange(self.n, device=self.lm.device)
+        self._gather(active)
+        self._look()
+        optimiser = torch.optim.Adam(self.deltas, lr=self.how.rate)
+        lead = torch.ones(self.n, device=self.lm.device)
+        for step in range(self.how.steps):
+            loss = self._loss()
+            total = lead * loss.nll + loss.kl + loss.decay
+            done, lead = self.how.judge(total.detach(), loss)
+            log.debug("step %d: loss %s", step, total[active].tolist())
+            losses, active = total[active], active[~done[active]]
+            if step == self.how.steps - 1 or not len(active):
+                break
+            optimiser.zero_grad()
+            losses.sum().backward()
+            kept = [d.detach().clone() for d in self.deltas]
+            optimiser.step()
+            with torch.no_grad():
+                for delta, v, old in zip(self.deltas, self.before, kept, strict=True):
+                    old[active] = _clamped(delta, v, self.how.clamp)[active]
+                    delta.copy_(old)
+            if 2 * len(active) <= len(self.owner[self.edits].unique()):
+                self._gather(active)
+        return [(v + d).detach()[self.owner] for v, d in zip(self.before, self.deltas, strict=True)]
+
+    def _gather(self, active: Tensor) -> None:
+        """Make the batch anew, of the edits that are not done."""
+        self.edits = torch.isin(self.owner, active).nonzero()[:, 0]
+        rows = (self.edits[:, None] * self.per + torch.arange(self.per, device=active.device)).flatten()
+        self.batch = self.tokens[rows]
+        self.passes: Passes = passes(self.lm, self.batch, self.places[0], self.batch.subject)
+
+    def _said(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (reads, vocabulary) where the target is predicted, and after "{subject} is a" (edits, .)."""
+        rows, cols = self.batch.reads
+        essence = torch.arange(self.per - 1, len(self.batch), self.per, device=rows.device)
+        ends = self.batch.last if self.how.kl_at == "end" else self.batch.subject
+        logits = self.passes.logits(torch.cat([rows, essence]), torch.cat([cols, ends[essence]]))
+        said = log_softmax(logits, -1)
+        return said[: len(rows)], said[len(rows) :]
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """One pass that changes nothing: v at the bare prompt, and what follows "{subject} is a"."""
+        first = torch.stack([(self.owner == i).nonzero()[0, 0] * self.per for i in range(self.n)])
+        seen: dict[str, Tensor] = {}
+
+        def looker(place: str) -> Callable[[Tensor], Tensor]:
+            def look(output: Tensor) -> Tensor:
+                seen[place] = output[first, self.passes.start[first]].float()
+                return output
+
+            return look
+
+        with ExitStack() as stack:
+            for place in self.places:
+                stack.enter_context(rewrite(self.lm, place, len(self.batch), looker(place)))
+            self.is_a = self._said()[1]
+        self.before = [seen[place] for place in self.places]
+        self.deltas = [torch.zeros_like(v).requires_grad_() for v in self.before]
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """The deltas added where they belong."""
+        rows = torch.arange(len(self.batch), device=self.lm.device)
+        owner = self.owner[self.edits].repeat_interleave(self.per)
+
+        def writer(delta: Tensor) -> Callable[[Tensor], Tensor]:
+            def write(output: Tensor) -> Tensor:
+                output = output.clone()
+                at = rows, self.passes.start
+                output[at] = (output[at] + delta[owner]).to(output.dtype)
+                return output
+
+            return write
+
+        with ExitStack() as stack:
+            for place, delta in zip(self.places, self.deltas, strict=True):
+                stack.enter_context(rewrite(self.lm, place, len(self.batch), writer(delta)))
+            yield
+
+    def _loss(self) -> Loss:
+        """The loss of every delta, the mean over its edits; 0 for those that left the batch."""
+        rows, _ = self.batch.reads
+        with self._written():
+            target, is_a = self._said()
+        edit, owner = rows // self.per, self.owner[self.edits]
+        share = 1 / (self.batch.target.sum(1)[rows] * (self.per - 1) * owner.bincount()[owner][edit])
+        nll = -target.gather(1, self.batch.wanted[:, None])[:, 0] * share
+        kl = kl_div(self.is_a[self.edits], is_a, log_target=True, reduction="none").sum(1) / owner.bincount()[owner]
+        missed = (target.argmax(1) != self.batch.wanted).float()
+        zero = torch.zeros(self.n, device=nll.device)
+        decay = torch.stack([d.norm(dim=1) / v.norm(dim=1) ** 2 for d, v in zip(self.deltas, self.before, strict=True)])
+        return Loss(
+            zero.index_add(0, owner[edit], nll),
+            self.how.kl * zero.index_add(0, owner, kl),
+            self.how.decay * decay.sum(0),
+            zero.index_add(0, owner[edit], missed) == 0,
+        )
 
 
 def _clamped(delta: Tensor, v: Tensor, most: float) -> Tensor:

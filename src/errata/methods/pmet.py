@@ -1,0 +1,48 @@
+"""PMET: targets for attention and MLP are found together, so that the MLP, which alone is written, need not carry both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from ..changes import LowRank
+from ..edit import Edit
+from ..errors import ErrataError
+from ..lm import LM, Site
+from ..parts import contexts
+from ..parts.spread import spread
+from ..parts.target import Loss
+from ..patch import Patch
+from .memit import MEMIT
+
+
+@dataclass(frozen=True, kw_only=True)
+class PMET(MEMIT, name="pmet"):
+    """Precise Model Editing in a Transformer: MEMIT on the MLP's output, layers taking 1/sqrt(layers left) of the rest."""
+
+    paper = "Li et al. 2024, PMET: Precise Model Editing in a Transformer"
+    source = "https://arxiv.org/abs/2308.08742"
+
+    clamp: float = 1.0
+    """|delta| is at most this many times |v|, for attention and MLP each."""
+
+    def judge(self, total: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """Once the model says the target everywhere, the target counts a tenth, and a small KL is enough to be done."""
+        done = (total < self.stop) | (loss.said & (loss.kl.detach() <= 0.01))
+        return done, torch.where(loss.said, 0.1, 1.0).to(total)
+
+    def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
+        templates = contexts.sample(lm, self.lengths, self.seed)
+        attention, mlp = lm.attention_out(self.layers[-1]), lm.mlp_out(self.layers[-1]).name
+        if attention is None:
+            raise ErrataError(f"{lm.name} has no single matrix by which attention writes; PMET needs one")
+        v, _ = self.find(lm, [mlp, attention.name], edits, templates, self.merge)
+
+        def solve(site: Site, K: Tensor, R: Tensor) -> LowRank:
+            return self.solve(lm, site, K, R, prior)
+
+        return spread(lm, edits, self.layers, templates, mlp, v, solve, lambda left: 1 / sqrt(left))

@@ -1,0 +1,52 @@
+"""Write many facts over several layers, each taking its share of what is still missing (MEMIT, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..changes import LowRank
+from ..edit import Edit
+from ..lm import LM, Site
+from ..patch import Patch
+from .locate import at_subject
+
+
+def spread(
+    lm: LM,
+    edits: Sequence[Edit],
+    layers: Sequence[int],
+    contexts: Sequence[str],
+    place: str,
+    wanted: Tensor,
+    solve: Callable[[Site, Tensor, Tensor], LowRank],
+    share: Callable[[int], float],
+) -> Patch:
+    """The changes that bring a module to what it should put out at the subjects.
+
+    Args:
+        lm: the model.
+        edits: n of them.
+        layers: the blocks whose MLP write matrices are changed, lowest first.
+        contexts: that the keys are averaged over.
+        place: the module.
+        wanted: what it should put out, (n, d).
+        solve: a layer's change for keys (n, d_in) and what is missing there (n, d_out).
+        share: how much of what is missing a layer takes, by the number of layers left.
+    """
+    patch = Patch()
+    for i, layer in enumerate(layers):
+        site = lm.site(layer)
+        with patch.applied(lm):
+            K = mean_key(lm, site, edits, contexts)
+            now = at_subject(lm, place, edits)[1][:, 0]
+        R = (wanted - now) * share(len(layers) - i)
+        patch = patch + Patch({site.name: (solve(site, K, R),)})
+    return patch
+
+
+def mean_key(lm: LM, site: Site, edits: Sequence[Edit], contexts: Sequence[str]) -> Tensor:
+    """A key for each edit, (n, d_in): half from the bare prompt (the first context), half from the mean of the others."""
+    keys, _ = at_subject(lm, site.name, edits, contexts)
+    return keys[:, 0] if len(contexts) == 1 else (keys[:, 0] + keys[:, 1:].mean(1)) / 2
