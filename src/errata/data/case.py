@@ -1,0 +1,63 @@
+"""What judges an edit. A Case is an edit and its probes, and a Probe is a question with its right and wrong answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..edit import Edit
+from ..errors import UsageError
+
+Kind = Literal["efficacy", "paraphrase", "neighbourhood", "portability"]
+
+KINDS: tuple[Kind, ...] = ("efficacy", "paraphrase", "neighbourhood", "portability")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question to the model, before and after the edit.
+
+    Raises:
+        UsageError: the prompt or the answer is empty, or there is no such kind.
+    """
+
+    kind: Kind
+    """`efficacy` asks the edit's own prompt, `paraphrase` the same in other words, `neighbourhood` something that the
+    edit should leave alone, `portability` what follows from it."""
+    prompt: str
+    answer: str
+    """What is right once the edit is made; for a neighbourhood, what was right all along."""
+    other: str | None = None
+    """What is wrong then: the old answer, or for a neighbourhood the edit's target. `compare` needs it."""
+    aliases: tuple[str, ...] = ()
+    """Other ways to write the answer; any of them is right where the model answers in its own words."""
+    aspect: str = ""
+    """The data set's own name for what is asked, within the kind: `Reasoning`, `Subject_Aliasing`."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(f"there is no kind of probe {self.kind!r}; known: {', '.join(KINDS)}")
+        for part in ("prompt", "answer"):
+            if not getattr(self, part).strip():
+                raise UsageError(f"the {part} of a {self.kind} probe is empty")
+            object.__setattr__(self, part, getattr(self, part).strip(" "))
+        if self.other is not None:
+            object.__setattr__(self, "other", self.other.strip() or None)
+        object.__setattr__(self, "aliases", tuple(a.strip() for a in self.aliases if a.strip()))
+
+
+@dataclass(frozen=True)
+class Case:
+    """An edit and what judges it. The efficacy probe is derived from the edit and comes first."""
+
+    id: int | str
+    """The data set's own number where it has one, otherwise that of the row."""
+    edit: Edit
+    probes: tuple[Probe, ...] = ()
+    relation: str | None = None
+    """The kind of fact, as a Wikidata property: `P103`."""
+
+    def __post_init__(self) -> None:
+        asked = tuple(p for p in self.probes if p.kind != "efficacy")
+        efficacy = Probe("efficacy", self.edit.text, self.edit.target, self.edit.truth)
+        object.__setattr__(self, "probes", (efficacy, *asked))

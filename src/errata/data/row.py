@@ -1,0 +1,81 @@
+"""A row of a file, read field by field, so that what is wrong with it can be said by the field's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..edit import Edit
+from ..errors import ErrataError, UsageError
+
+
+class BadRow(ErrataError):
+    """A row has no case in it; says which field is why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The fields of one row. A field inside another is written with a dot: `requested_rewrite.subject`."""
+
+    fields: Mapping[str, Any]
+    file: str
+    number: int
+    """Which row of its file it is, from 1; in JSON lines, which line."""
+
+    @property
+    def place(self) -> str:
+        """Where to look for it."""
+        return f"{self.file}, row {self.number}"
+
+    @property
+    def id(self) -> int | str:
+        """The row's `case_id`, or its number."""
+        found = self.fields.get("case_id", self.number)
+        if isinstance(found, bool) or not isinstance(found, int | str):
+            raise BadRow(f"field 'case_id': expected a number or a text, found {found!r}")
+        return found
+
+    def edit(self, prompt: str, subject: str, target: str, truth: str | None) -> Edit:
+        """The edit in the fields of these names; `truth` is the text itself."""
+        parts = self.text(prompt), self.text(subject), self.text(target)
+        try:
+            return Edit(*parts, truth)
+        except UsageError as error:
+            raise BadRow(f"field {prompt!r}: {error}") from error
+
+    def get(self, name: str) -> Any:
+        """A field's value as it is; None where it is missing."""
+        value: Any = self.fields
+        for part in name.split("."):
+            if not isinstance(value, Mapping):
+                return None
+            value = value.get(part)
+        return value
+
+    def text(self, name: str) -> str:
+        """A text that must be there."""
+        found = self.get(name)
+        if not isinstance(found, str) or not found.strip():
+            raise BadRow(f"field {name!r}: expected a text, found {_said(found)}")
+        return found
+
+    def maybe(self, name: str) -> str | None:
+        """A text that may be missing."""
+        return None if self.get(name) in (None, "") else self.text(name)
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts; a missing one is empty."""
+        found = self.get(name)
+        if found is None:
+            return []
+        if not isinstance(found, list) or not all(isinstance(t, str) and t.strip() for t in found):
+            raise BadRow(f"field {name!r}: expected a list of texts, found {_said(found)}")
+        return found
+
+
+def _said(value: Any) -> str:
+    if value is None:
+        return "none"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
