@@ -20,7 +20,7 @@ from .edit import Edit
 from .errors import ErrataError, UsageError
 
 if TYPE_CHECKING:
-    from . import bench, data
+    from . import bench, causal, data
     from .data import Case, Probe
     from .lm import LM, Site, load
     from .method import Method, methods, sequential
@@ -43,6 +43,7 @@ _WHERE = {
     "Probe": "data",
     "data": "",
     "bench": "",
+    "causal": "",
 }
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "Site",
     "UsageError",
     "bench",
+    "causal",
     "data",
     "load",
     "methods",
