@@ -1,4 +1,4 @@
-"""The kinds of change a patch is made of. Each is reversible, knows which edits it serves, and how it joins a later one.
+"""The kinds of change a patch is made of. Each can be undone, knows which edits it serves, and how a later one joins.
 
 `LowRank` and `Dense` add to a weight; `Codebook` (GRACE) answers beside it. All tensors of a change are stored in
 float32, whatever the model computes in.
@@ -19,6 +19,9 @@ from .errors import ErrataError
 from .lm import Site
 
 Undo = Callable[[], None]
+
+SAME = 1e-3
+"""Keys nearer than this share of a radius are one key."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,17 +187,22 @@ class Codebook(Change, kind="codebook"):
 
     def _insert(self, later: Codebook, i: int) -> Codebook:
         """GRACE, algorithm 1: a far key is added; a near one with the same label widens the entry that is there; a near
-        one with another label is added, and the two share the distance between them."""
+        one with another label is added, and the two share the distance between them. Where there is none (the same
+        question, corrected again) that would leave both without an answer: the later one takes the entry over."""
         owners = later.owners[later.entries == i]
         key, value, radius, label = later.keys[i], later.values[i], later.radii[i], later.labels[i]
         most = max(self.labels.shape[1], len(label))
         labels, label = (pad(t, (0, most - t.shape[-1]), value=-1) for t in (self.labels, label))
+        labels = labels.clone()
         distance, near = distances(key[None], self.keys)[0].min(0)
-        radii = self.radii.clone()
+        values, radii = self.values.clone(), self.radii.clone()
         entry = len(self.keys)
         if distance <= radii[near] + radius:
             if torch.equal(labels[near], label):
                 radii[near] = torch.maximum(radii[near], distance)
+                entry = int(near)
+            elif distance <= SAME * radius:
+                values[near], labels[near] = value, label
                 entry = int(near)
             else:
                 radii[near], radius = distance / 2 - 1e-5, distance / 2
@@ -202,7 +210,7 @@ class Codebook(Change, kind="codebook"):
         return Codebook(
             torch.cat([self.owners, owners]),
             torch.cat([self.keys, key[None]]) if new else self.keys,
-            torch.cat([self.values, value[None]]) if new else self.values,
+            torch.cat([values, value[None]]) if new else values,
             torch.cat([radii, radius[None]]) if new else radii,
             torch.cat([labels, label[None]]) if new else labels,
             torch.cat([self.entries, torch.full_like(owners, entry)]),
@@ -217,11 +225,8 @@ class Codebook(Change, kind="codebook"):
             return None
         stay = self.owners != edit
         place = keep.long().cumsum(0) - 1
-        return Codebook(
-            self.owners[stay],
-            *(t[keep] for t in (self.keys, self.values, self.radii, self.labels)),
-            place[self.entries[stay]],
-        )
+        keys, values, radii, labels = (t[keep] for t in (self.keys, self.values, self.radii, self.labels))
+        return Codebook(self.owners[stay], keys, values, radii, labels, place[self.entries[stay]])
 
 
 def distances(queries: Tensor, keys: Tensor) -> Tensor:

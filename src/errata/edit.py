@@ -31,7 +31,7 @@ class Edit:
             object.__setattr__(self, part, getattr(self, part).strip())
         if self.truth is not None:
             object.__setattr__(self, "truth", self.truth.strip() or None)
-        object.__setattr__(self, "prompt", self._template().rstrip(" "))
+        object.__setattr__(self, "prompt", self._template().strip(" "))
 
     def _template(self) -> str:
         holes = self.prompt.count("{}")
@@ -42,7 +42,8 @@ class Edit:
         before, found, after = self.prompt.rpartition(self.subject)
         if not found:
             raise UsageError(
-                f"the subject {self.subject!r} is not in the prompt {self.prompt!r}; write {{}} where the subject stands"
+                f"the subject {self.subject!r} is not in the prompt {self.prompt!r}; "
+                "write {} where the subject stands"
             )
         return before + "{}" + after
 

@@ -1,4 +1,4 @@
-"""What errata raises when it can't do what was asked: one sentence saying what was found, what was wanted, what to do."""
+"""What errata raises when it can't do what was asked: one sentence on what was found, wanted, and to be done."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """A view of the weight as (d_out, d_in); writing to it writes to the model. GPT-2's Conv1D stores (d_in, d_out)."""
+        """A view of the weight as (d_out, d_in), written through to the model. (Conv1D stores (d_in, d_out).)"""
         stored = self.module.get_parameter("weight")
         return stored.T if isinstance(self.module, Conv1D) else stored
 
@@ -211,7 +211,7 @@ class LM:
         return (found[0] if seen else found[rows, cols]).float()
 
     @overload
-    def generate(self, prompt: str, max_new_tokens: int = 20) -> str: ...
+    def generate(self, prompt: str, max_new_tokens: int = 20) -> str: ...  # pyright: ignore[reportOverlappingOverload]
     @overload
     def generate(self, prompt: Sequence[str], max_new_tokens: int = 20) -> list[str]: ...
 
@@ -290,7 +290,9 @@ def load(
         if bars:
             transformers_logging.enable_progress_bar()
     target = device or ("cuda" if torch.cuda.is_available() else None)
-    return LM(model.to(target).eval() if target else model.eval(), tokenizer, name=str(name))
+    if target is not None:
+        model.to(target)  # pyright: ignore[reportArgumentType] - transformers' own annotation
+    return LM(model.eval(), tokenizer, name=str(name))
 
 
 def _looks_like_a_path(name: str | Path) -> bool:

@@ -82,7 +82,8 @@ class Method(ABC):
             return prior
         if len(edits) > 1 and not self.batched:
             raise UsageError(
-                f"{self.name} makes one edit at a time, not {len(edits)}; fold them with errata.sequential, or take a batched method"
+                f"{self.name} makes one edit at a time, not {len(edits)}; "
+                "fold them with errata.sequential, or take a batched method"
             )
         with self._at_work(lm), prior.applied(lm):
             new = self.patch(lm, edits, prior)
@@ -106,7 +107,7 @@ class Method(ABC):
         return found
 
     def prepare(self, lm: LM) -> None:
-        """Compute what the method needs of the unedited model, and keep it in `lm.memo`; called before `prior` is applied."""
+        """Have in `lm.memo` what the method needs of the unedited model; called before `prior` is applied."""
 
     @contextmanager
     def _at_work(self, lm: LM) -> Iterator[None]:

@@ -42,7 +42,7 @@ class Patch:
     carry: Mapping[str, Tensor] = field(default_factory=dict)
     """What a method must remember of its earlier edits."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """`base` (fingerprint and name of the model), `steps` (method, settings and number of edits of each), `versions`."""
+    """`base` (fingerprint and name of the model), `steps` (method, settings and number of edits), `versions`."""
 
     def __bool__(self) -> bool:
         return bool(self.changes)
@@ -140,11 +140,11 @@ class Patch:
         tensors = {k: v.detach().cpu().contiguous() for k, v in self._tensors().items()}
         header = {
             "format": FORMAT,
-            "digest": _digest(tensors),
             "layout": [[name, c.kind] for name, cs in self.changes.items() for c in cs],
             "edits": [e.to_dict() for e in self.edits],
             "about": self.about,
         }
+        header["digest"] = _digest(tensors, header)
         store.write(path, to_bytes(tensors, metadata={"errata": json.dumps(header, sort_keys=True)}))
 
     @classmethod
@@ -169,8 +169,8 @@ class Patch:
             header = json.loads(metadata["errata"])
             if header["format"] > FORMAT:
                 raise ErrataError(f"{str(path)!r} was written by a newer errata (format {header['format']}); upgrade")
-            if header["digest"] != _digest(tensors):
-                raise ValueError("its numbers are not those that were saved")
+            if header.pop("digest") != _digest(tensors, header):
+                raise ValueError("it is not what was saved")
             return cls._from(header, tensors)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ErrataError(f"{str(path)!r} is damaged: {error}; get a whole copy") from error
@@ -231,7 +231,10 @@ def _attached(lm: LM, parts: Sequence[tuple[str, Any]]) -> Iterator[None]:
             undo.callback(setattr, lm, "patched", lm.patched - bool(parts))
         yield
     finally:
-        with _uninterrupted():
+        try:
+            with _uninterrupted():
+                undo.close()
+        finally:  # where Ctrl-C came just before it was held back
             undo.close()
 
 
@@ -266,8 +269,8 @@ def _base(patch: Patch) -> str:
     return f"{base.get('name', 'an unnamed model')} ({base.get('fingerprint', '')[:8]})"
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         t = tensors[name]
         digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())

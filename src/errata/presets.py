@@ -18,7 +18,7 @@ from .lm import ALMANAC, LM
 
 @cache
 def _tables() -> dict[str, Any]:
-    return tomllib.loads(resources.files(__package__).joinpath("presets.toml").read_text())
+    return tomllib.loads(resources.files("errata").joinpath("presets.toml").read_text())
 
 
 def settings(method: str, lm: LM | str) -> dict[str, Any]:
@@ -58,28 +58,23 @@ def _config(name: str) -> Any:
 
 
 def _scaled(method: str, name: str, config: Any) -> dict[str, Any]:
-    """The method's settings for a model that has none: its places at the same relative depth."""
-    if method not in _tables()["elsewhere"]:
-        return {}
-    elsewhere = _tables()["elsewhere"][method]
+    """The method's settings for a model that has none: Llama-2-7B's, its places at the same relative depth."""
+    found = _tables()["elsewhere"].get(method, {})
     depth = config["num_hidden_layers"] if isinstance(config, dict) else config.num_hidden_layers
-    places = {k: _at(v["depth"], depth) for k, v in elsewhere.items() if isinstance(v, dict)}
-    out = {k: _frozen(v) for k, v in elsewhere.items()} | places
-    warnings.warn(
-        f"{method} has no published settings for {name}; its layers are those of Llama-2-7B at the same relative "
-        f"depth: {_named(places)}. `errata trace` helps to choose better ones",
-        stacklevel=4,
-    )
-    return out
-
-
-def _named(places: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {place}" for name, place in places.items())
+    places = {field: _at(relative, depth) for field, relative in found.get("depth", {}).items()}
+    if places:
+        where = " and ".join(f"{field} = {place}" for field, place in places.items())
+        warnings.warn(
+            f"{method} has no published settings for {name}; it gets Llama-2-7B's at the same relative depth, {where}; "
+            "`errata trace` helps to choose better ones",
+            stacklevel=4,
+        )
+    return {**{k: _frozen(v) for k, v in found.items() if k != "depth"}, **places}
 
 
 def _at(relative: float | list[float], depth: int) -> int | tuple[int, ...]:
     if isinstance(relative, list):
-        return tuple(dict.fromkeys(min(depth - 1, round(r * depth)) for r in relative))
+        return tuple(sorted({min(depth - 1, round(r * depth)) for r in relative}))
     return min(depth - 1, round(relative * depth))
 
 

@@ -159,7 +159,7 @@ def padding(tokenizer: Any) -> int:
 def _tokenize(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
     if not getattr(tokenizer, "is_fast", False):
         raise ErrataError(
-            f"{type(tokenizer).__name__} can't tell which characters a token covers; load the fast tokenizer of the model"
+            f"{type(tokenizer).__name__} can't tell which characters a token covers; load the model's fast tokenizer"
         )
     found = tokenizer(
         texts, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False, verbose=False
@@ -181,15 +181,16 @@ def _first_token(tokenizer: Any, p: Passage, ids: list[int], spans: list[tuple[i
     assert p.target is not None
     target = p.text[p.target :].strip()
     first = next((i for i, (_, b) in enumerate(spans) if b > p.target), len(ids))
-    written = tokenizer.decode(ids[first:], clean_up_tokenization_spaces=False)
-    if first == len(ids) or "".join(written.split()) != "".join(target.split()):
-        raise UsageError(
-            f"the tokenizer writes the target {target!r} as {written.strip()!r}; choose a target in the model's vocabulary"
-        )
     if ids[:first] != prompt:
         raise ErrataError(
             f"the tokenizer merges the end of the prompt {_short(p.text[: p.target])} with the target {target!r}; "
             "end the prompt at a whole word"
+        )
+    written = tokenizer.decode(ids[first:], clean_up_tokenization_spaces=False)
+    if first == len(ids) or "".join(written.split()) != "".join(target.split()):
+        raise UsageError(
+            f"the tokenizer writes the target {target!r} as {written.strip()!r}; "
+            "choose a target that the model's vocabulary can write"
         )
     return first
 

@@ -1,4 +1,4 @@
-"""EMMET: MEMIT's batches under ROME's constraint. Every new key is given its value exactly, and C is disturbed least."""
+"""EMMET: MEMIT's batches under ROME's constraint: every new key gets its value exactly, and C is disturbed least."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class EMMET(MEMIT, name="emmet"):
     source = "https://arxiv.org/abs/2403.14236"
 
     jitter: float = 1000.0
-    """Softens the constraints where keys are nearly the same; 0 meets them exactly. (The authors' 0.1 on keys whitened by
-    10,000 C is 1,000 on keys whitened by C.)"""
+    """Softens the constraints where keys are nearly the same; 0 meets them exactly. (The authors' 0.1 on keys
+    whitened by 10,000 C is 1,000 on keys whitened by C.)"""
 
     def solve(self, lm: LM, site: Site, K: Tensor, R: Tensor, prior: Patch) -> LowRank:
         return exact(K, R, moments.cholesky(lm, site, self.corpus), self.jitter)

@@ -1,4 +1,4 @@
-"""GRACE: a codebook beside one layer. Where an input is near a key it knows, the layer answers with that key's value."""
+"""GRACE: a codebook beside one layer. Where an input is near a key it knows, the layer answers with the key's value."""
 
 from __future__ import annotations
 

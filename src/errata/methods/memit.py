@@ -30,7 +30,7 @@ class MEMIT(TargetSearch, Method, name="memit"):
     clamp: float = 0.75
     """|delta| is at most this many times |h|."""
     lengths: tuple[tuple[int, int], ...] = ((10, 5),)
-    """(new tokens, how many) of the sampled contexts that keys and targets are averaged over, besides the bare prompt."""
+    """(new tokens, how many) of the sampled contexts that keys and targets are averaged over, with the bare prompt."""
     weight: float = 15000.0
     """How much what the layers know counts against a new fact (lambda)."""
     merge: bool = True

@@ -1,4 +1,4 @@
-"""PMET: targets for attention and MLP are found together, so that the MLP, which alone is written, need not carry both."""
+"""PMET: targets for attention and MLP are found together, so that the MLP, which alone is written, carries its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .memit import MEMIT
 
 @dataclass(frozen=True, kw_only=True)
 class PMET(MEMIT, name="pmet"):
-    """Precise Model Editing in a Transformer: MEMIT on the MLP's output, layers taking 1/sqrt(layers left) of the rest."""
+    """Precise Model Editing: MEMIT on the MLP's output, each layer taking 1/sqrt(layers left) of what is missing."""
 
     paper = "Li et al. 2024, PMET: Precise Model Editing in a Transformer"
     source = "https://arxiv.org/abs/2308.08742"

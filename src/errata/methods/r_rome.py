@@ -1,4 +1,4 @@
-"""R-ROME: ROME with one key. ROME's code scales the update for the bare prompt's key but points it at the averaged one."""
+"""R-ROME: ROME with one key. ROME's code scales the update for the bare prompt's key and points it at the mean one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ROME: one fact, one layer, rank one. A fact is a key k* at the subject's last token and the value v* it should have."""
+"""ROME: one fact, one layer, rank one. A fact is a key k*, at the subject's last token, and the value v* it should get."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def at_subject(lm: LM, place: str, edits: Sequence[Edit], contexts: Sequence[str
     """What goes into and comes out of a module at the subject of every edit in every context.
 
     Returns:
-        Two float32 tensors, (edits, contexts, d_in) and (edits, contexts, d_out): for a matrix W, keys k and values W k.
+        Two float32 tensors, (edits, contexts, d_in) and (edits, contexts, d_out): of a matrix W, keys k and values W k.
     """
     passages = [passage(e, c) for e in edits for c in contexts]
     found = []

@@ -80,11 +80,12 @@ def prepare(lm: LM, sites: Sequence[Site], corpus: str, progress: Progress | Non
             )
         store, source = Store(), _digest(corpus)
         keys = {n: {"moment": n, "model": lm.fingerprint, "dtype": str(lm.dtype), "corpus": source} for n in missing}
-        kept = {n: store.load(keys[n]) for n in missing}
-        wanted = [n for n, found in kept.items() if found is None]
+        kept = {n: found for n in missing if (found := store.load(keys[n])) is not None}
+        wanted = [n for n in missing if n not in kept]
         if wanted:
             resume = {"moments so far": wanted, **{k: v for k, v in keys[wanted[0]].items() if k != "moment"}}
-            for name, moment in second_moments(lm, wanted, texts(corpus), progress, (store, resume)).items():
+            measured = second_moments(lm, wanted, texts(corpus), progress, (store, resume), TOLERANCE)
+            for name, moment in measured.items():
                 kept[name] = {"C": moment.C, "seen": torch.tensor([moment.tokens, moment.change], dtype=torch.float64)}
                 store.keep(keys[name], kept[name])
             store.drop(resume)
@@ -131,7 +132,7 @@ def second_moments(
     source: Iterable[str],
     progress: Progress | None = None,
     resume: tuple[Store, dict[str, Any]] | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float = 0.0,
 ) -> dict[str, Moment]:
     """The mean of k k^T over the tokens of a source of texts, by the name of the matrix whose input is k.
 
@@ -144,7 +145,7 @@ def second_moments(
         source: the texts.
         progress: told how far it is, after every window.
         resume: where to keep what was summed so far, and under which key.
-        tolerance: 0 reads the whole source.
+        tolerance: 0 reads the whole source; `prepare` takes TOLERANCE.
     """
     sums = _resumed(resume) if resume else _Sums()
     source = itertools.islice(source, sums.texts, None)

@@ -1,5 +1,5 @@
-"""Closed forms for an update of W. The letters are the papers': K (n, d_in) are keys, R (n, d_out) what W k still lacks,
-C (d_in, d_in) the second moment of keys on ordinary text.
+"""Closed forms for an update of W. The letters are the papers': K (n, d_in) are keys, R (n, d_out) what W k lacks, and
+C (d_in, d_in) is the second moment of keys on ordinary text.
 
 C is factored once; a batch of n edits then costs O(d^2 n), through Woodbury. Everything is solved in float64 and comes
 out as factors in float32, one of rank one for each edit. A singular C (dead ReLU units, a short corpus) is regularised,
@@ -39,7 +39,7 @@ def whiten(L: Tensor, K: Tensor) -> Tensor:
 
 
 def exact(K: Tensor, R: Tensor, L: Tensor, jitter: float = 0.0) -> LowRank:
-    """Min tr(dW C dW^T) subject to dW k = r: dW = R^T (K C^-1 K^T + jitter I)^-1 K C^-1 (EMMET, eq. 11; ROME for n = 1).
+    """Least tr(dW C dW^T) with dW k = r: dW = R^T (K C^-1 K^T + jitter I)^-1 K C^-1 (EMMET, eq. 11; ROME for n = 1).
 
     Args:
         K: (n, d_in).
@@ -53,7 +53,7 @@ def exact(K: Tensor, R: Tensor, L: Tensor, jitter: float = 0.0) -> LowRank:
 
 
 def ridge(K: Tensor, R: Tensor, L: Tensor, weight: float) -> LowRank:
-    """Min |dW K^T - R^T|^2 + weight tr(dW C dW^T): dW = R^T K (weight C + K^T K)^-1 (MEMIT, eq. 14).
+    """Least |dW K^T - R^T|^2 + weight tr(dW C dW^T): dW = R^T K (weight C + K^T K)^-1 (MEMIT, eq. 14).
 
     By Woodbury, K (weight C + K^T K)^-1 = (I + K A K^T)^-1 K A with A = C^-1 / weight: an n x n system.
     """
@@ -63,8 +63,9 @@ def ridge(K: Tensor, R: Tensor, L: Tensor, weight: float) -> LowRank:
 
 
 def null_space(K: Tensor, R: Tensor, P: Tensor, past: Tensor, weight: float) -> LowRank:
-    """Ridge inside the null space of what is to be kept: dW = R^T K P (P (K^T K + past^T past) + weight I)^-1 (AlphaEdit,
-    eq. 14), solved for all keys at once in the dual, as big as the number of keys and not of their entries.
+    """Ridge inside a null space: dW = R^T K P (P (K^T K + past^T past) + weight I)^-1 (AlphaEdit, eq. 14).
+
+    It is solved in the dual, as large as the number of keys, not of their entries.
 
     Args:
         K: (n, d_in).

@@ -47,6 +47,6 @@ def spread(
 
 
 def mean_key(lm: LM, site: Site, edits: Sequence[Edit], contexts: Sequence[str]) -> Tensor:
-    """A key for each edit, (n, d_in): half from the bare prompt (the first context), half from the mean of the others."""
+    """A key for each edit, (n, d_in): half of it the bare prompt's (the first context), half the mean of the others."""
     keys, _ = at_subject(lm, site.name, edits, contexts)
     return keys[:, 0] if len(contexts) == 1 else (keys[:, 0] + keys[:, 1:].mean(1)) / 2

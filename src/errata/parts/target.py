@@ -159,7 +159,7 @@ class _Descent:
         self.passes: Passes = passes(self.lm, self.batch, self.places[0], self.batch.subject)
 
     def _said(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (reads, vocabulary) where the target is predicted, and after "{subject} is a" (edits, .)."""
+        """Log-probabilities at the reads of the target, (reads, vocabulary), and after "{subject} is a", (edits, .)."""
         rows, cols = self.batch.reads
         essence = torch.arange(self.per - 1, len(self.batch), self.per, device=rows.device)
         ends = self.batch.last if self.how.kl_at == "end" else self.batch.subject

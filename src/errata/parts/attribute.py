@@ -1,0 +1,106 @@
+"""Which neurons of the MLPs express an answer: integrated gradients over what goes into their write matrices.
+
+Dai et al. 2022 (Knowledge Neurons), https://arxiv.org/abs/2104.08696, sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softmax
+
+from ..lm import LM, Site
+from ..replay import passes
+from ..tokens import Tokens
+from ..trace import hidden, put, read
+
+
+def attribute(lm: LM, sites: Sequence[Site], batch: Tokens, answer: int, steps: int) -> list[Tensor]:
+    """What every neuron contributes to p(answer) at the last token of each row, eq. 2 and 3.
+
+    The contributions of one site add up to p less p with the site's input at 0, but for the error of the sum over
+    steps, each of which is taken at its middle.
+
+    Args:
+        lm: the model.
+        sites: MLP write matrices; a neuron is one of their inputs, and is looked at by itself in each.
+        batch: prompts.
+        answer: a token.
+        steps: into how many the way from 0 to the actual input is divided.
+
+    Returns:
+        For each site (batch, d_in) in float32.
+    """
+    rows = torch.arange(len(batch), device=lm.device)
+    actual = read(lm, [s.name for s in sites], batch, rows, batch.last)
+    return [_integrated(lm, site, batch, answer, actual[site.name][0].float(), steps) for site in sites]
+
+
+def _integrated(lm: LM, site: Site, batch: Tokens, answer: int, actual: Tensor, steps: int) -> Tensor:
+    """All steps of all rows are rows of one pass, which runs the blocks from the site's on, on the last token."""
+    n = len(batch)
+    repeated = batch[torch.arange(n, device=lm.device).repeat_interleave(steps)]
+    run = passes(lm, repeated, site.name, repeated.last)
+    way = (torch.arange(steps, device=lm.device) + 0.5) / steps
+    scaled = (way[None, :, None] * actual[:, None]).flatten(0, 1).requires_grad_()
+    with _fed(site.module, scaled, run.start):
+        logits = run.logits(torch.arange(n * steps, device=lm.device), repeated.last)
+    (slope,) = torch.autograd.grad(softmax(logits, -1)[:, answer].sum(), scaled)
+    return actual * slope.unflatten(0, (n, steps)).mean(1)
+
+
+@contextmanager
+def _fed(module: nn.Module, given: Tensor, cols: Tensor) -> Iterator[None]:
+    """While inside, a module's input in column `cols` of each row is `given` (batch, d_in)."""
+    rows = torch.arange(len(given), device=given.device)
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        into = hidden(args[0], len(given)).clone()
+        into[rows, cols] = given.to(into.dtype)
+        return (put(args[0], into), *args[1:])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def refine(
+    scores: Sequence[Tensor], threshold: float, share: float, fewest: int, most: int | None
+) -> list[tuple[int, int]]:
+    """The neurons that express a fact in most of its prompts, the surest first (section 3.3).
+
+    A prompt's coarse neurons score at least `threshold` times its highest score. Kept are those that at least `share`
+    of the prompts have in common. Where that gives fewer than `fewest` or more than `most`, the paper moves `share` by
+    steps until it doesn't; here as many as that are taken, in the order of sharing, then of the mean score.
+
+    Args:
+        scores: for each site (prompts, d_in).
+        threshold: a share of the highest score of each prompt.
+        share: of the prompts.
+        fewest: neurons to keep at least, as far as there are coarse ones.
+        most: neurons to keep at most; None for no bound.
+
+    Returns:
+        (number of the site, number of the neuron).
+    """
+    widths = [s.shape[1] for s in scores]
+    every = torch.cat(list(scores), 1)
+    highest = every.max(1, keepdim=True).values
+    sharing = ((every >= threshold * highest) & (every > 0)).double().mean(0)
+    count = max(int((sharing >= share).sum()), min(fewest, int((sharing > 0).sum())))
+    order = sorted(range(len(sharing)), key=lambda i: (-sharing[i].item(), -every[:, i].mean().item()))
+    return [_place(i, widths) for i in order[: count if most is None else min(count, most)]]
+
+
+def _place(number: int, widths: Sequence[int]) -> tuple[int, int]:
+    site = 0
+    while number >= widths[site]:
+        number -= widths[site]
+        site += 1
+    return site, number
