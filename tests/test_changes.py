@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from errata import ErrataError, Patch, Site
+from errata.changes import Change, Codebook, Dense, LowRank, attach_rows, joined
+from tests import tiny
+
+
+def low_rank(d_out: int = 6, d_in: int = 4, rank: int = 1, owner: int = 0, seed: int = 0) -> LowRank:
+    g = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(d_out, rank, generator=g), torch.randn(rank, d_in, generator=g)
+    return LowRank(torch.full((rank,), owner), left, right)
+
+
+def dense(d_out: int = 6, d_in: int = 4, owner: int = 0, seed: int = 0) -> Dense:
+    return Dense(torch.tensor([owner]), torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(seed)))
+
+
+def entry(key: float | list[float], label: int, owner: int = 0, radius: float = 1.0, d_out: int = 6) -> Codebook:
+    key = [key, 0.0, 0.0, 0.0] if isinstance(key, float) else key
+    one = torch.zeros(1, dtype=torch.long)
+    value = torch.full((1, d_out), float(owner))
+    return Codebook(one + owner, torch.tensor([key]), value, torch.tensor([radius]), one[None] + label, one)
+
+
+def site(bias: bool = True, dtype: torch.dtype = torch.float32) -> Site:
+    torch.manual_seed(0)
+    return Site("it", nn.Linear(4, 6, bias=bias, dtype=dtype))
+
+
+class Rounded(nn.Linear):
+    """A weight of integers with one scale, as a quantised model has."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.bias = linear.bias
+        self.scale = linear.weight.abs().max().item() / 127
+        whole = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(whole, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.float() * self.scale, self.bias)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("change", [low_rank(), dense()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_change_is_added_once_rounded_and_taken_back_to_the_bit(change: Any, dtype: torch.dtype):
+    s = site(dtype=dtype)
+    before = s.weight.clone()
+    undo = change.attach(s)
+    assert s.weight.dtype == dtype
+    assert torch.equal(s.weight, (before.float() + change.delta).to(dtype))
+    undo()
+    assert tiny.same_bits(s.weight, before)
+
+
+def test_undo_gives_back_what_subtracting_would_lose():
+    s = site()
+    before = s.weight.clone()
+    undo = low_rank().scaled(1e8).attach(s)
+    undo()
+    assert tiny.same_bits(s.weight, before)
+
+
+def test_conv1d_is_seen_the_same_way_round_as_linear():
+    lm = tiny.lm("gpt2")
+    s = lm.mlp_out(1)
+    assert s.shape == (64, 256)
+    change = low_rank(*s.shape)
+    x = torch.randn(3, 256)
+    base = s.module(x)
+    undo = change.attach(s)
+    torch.testing.assert_close(s.module(x) - base, x @ change.right.T @ change.left.T)
+    undo()
+
+
+def test_a_quantised_weight_takes_a_low_rank_change_beside_it():
+    s = site()
+    quantised = Site("it", Rounded(s.module))
+    weight = quantised.weight.clone()
+    x = torch.randn(2, 5, 4)
+    base, change = quantised.module(x), low_rank(rank=2)
+    assert not quantised.writable
+    undo = change.attach(quantised)
+    torch.testing.assert_close(quantised.module(x), base + x @ change.delta.T)
+    assert torch.equal(quantised.weight, weight)
+    undo()
+    assert tiny.same_bits(quantised.module(x), base)
+
+
+def test_a_quantised_weight_refuses_a_dense_change():
+    with pytest.raises(ErrataError, match="it is quantised; only low-rank changes"):
+        dense().attach(Site("it", Rounded(site().module)))
+
+
+def test_a_change_in_every_row_equals_the_change_of_the_weight():
+    s, x = site(), torch.randn(3, 5, 4)
+    changes = [low_rank(seed=1), None, low_rank(rank=3, seed=2)]
+    wanted = []
+    for row, change in zip(x, changes, strict=True):
+        undo = change.attach(s) if change else lambda: None
+        wanted.append(s.module(row))
+        undo()
+    undo = attach_rows(s, changes)
+    torch.testing.assert_close(s.module(x), torch.stack(wanted))
+    torch.testing.assert_close(
+        s.module(x.flatten(0, 1)), torch.stack(wanted).flatten(0, 1), msg="flattened, as OPT does"
+    )
+    undo()
+
+
+def test_joined_weight_changes_are_their_sum():
+    for a, b in ((low_rank(seed=1), low_rank(rank=2, owner=1, seed=2)), (dense(seed=1), dense(owner=1, seed=2))):
+        (both,) = a.join(b)
+        torch.testing.assert_close(both.delta, a.delta + b.delta)
+        assert both.owners.tolist() == [*a.owners.tolist(), *b.owners.tolist()]
+
+
+def test_changes_of_different_kinds_stay_in_their_order():
+    kinds = [c.kind for c in joined([low_rank(), low_rank(), dense(), low_rank(), entry(0.0, 0), entry(9.0, 0)])]
+    assert kinds == ["low-rank", "dense", "low-rank", "codebook"]
+
+
+def test_taking_one_edit_out_of_a_low_rank_change_leaves_the_others():
+    a, b = low_rank(seed=1), low_rank(rank=2, owner=1, seed=2)
+    (both,) = a.join(b)
+    assert torch.equal(both.without(0).delta, b.delta)
+    assert torch.equal(both.without(1).delta, a.delta)
+    assert both.without(0).without(1) is None
+
+
+def test_one_edit_cannot_be_taken_out_of_a_dense_change_of_two():
+    (both,) = dense(owner=0).join(dense(owner=1))
+    with pytest.raises(ErrataError, match="one can't be taken out"):
+        both.without(0)
+    assert dense(owner=1).without(1) is None
+
+
+def test_a_change_is_not_finite_when_one_number_is_not():
+    """Pitfall 16."""
+    for bad in (math.nan, math.inf):
+        change = low_rank()
+        change.left[0, 0] = bad
+        assert low_rank().finite()
+        assert not change.finite()
+
+
+# The codebook
+
+
+class Grace:
+    """GRACE's algorithm 1 by its text, with lists: what the codebook is checked against."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+
+    def add(self, key: list[float], label: int, owner: int, radius: float) -> None:
+        new = dict(key=key, label=label, value=owner, radius=radius, owners=[owner])
+        near = min(self.entries, key=lambda e: math.dist(e["key"], key), default=None)
+        if near is None or (d := math.dist(near["key"], key)) > near["radius"] + radius:
+            self.entries.append(new)
+        elif near["label"] == label:
+            near["radius"] = max(near["radius"], d)
+            near["owners"].append(owner)
+        else:
+            near["radius"], new["radius"] = d / 2 - 1e-5, d / 2
+            self.entries.append(new)
+
+    def answer(self, query: list[float]) -> int | None:
+        near = min(self.entries, key=lambda e: math.dist(e["key"], query))
+        return near["value"] if math.dist(near["key"], query) <= near["radius"] else None
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 2)),
+        min_size=1,
+        max_size=12,
+        unique_by=lambda t: t[:2],
+    ),
+    st.integers(0, 99),
+)
+def test_codebooks_join_by_graces_rule(sequence: list[tuple[int, int, int]], seed: int):
+    draw = random.Random(seed)
+    ours, theirs = Patch(), Grace()
+    for owner, (x, y, label) in enumerate(sequence):
+        key = [x / 2 + draw.uniform(-0.1, 0.1), y / 2 + draw.uniform(-0.1, 0.1), 0.0, 0.0]
+        theirs.add(key, label, owner, 1.0)
+        ours += Patch({"it": (entry(key, label, 0).renumbered(lambda o: o),)}, (tiny.EDITS[0],))
+    (book,) = ours.changes["it"]
+    assert [e["label"] for e in theirs.entries] == book.labels[:, 0].tolist()
+    torch.testing.assert_close(book.keys, torch.tensor([e["key"] for e in theirs.entries]))
+    torch.testing.assert_close(book.radii, torch.tensor([e["radius"] for e in theirs.entries]))
+    owned = [book.owners[book.entries == i].tolist() for i in range(len(book.keys))]
+    assert owned == [e["owners"] for e in theirs.entries]
+
+
+def test_a_codebook_answers_within_its_radius_and_nowhere_else():
+    s = site()
+    (book,) = entry(0.0, 1, owner=7).join(entry(5.0, 2, owner=8, radius=0.5))
+    x = torch.zeros(2, 4, 4)
+    x[..., 0] = torch.tensor([[0.0, 0.9, 1.1, 2.0], [4.6, 4.4, 5.5, -1.0]])
+    base = s.module(x)
+    undo = book.attach(s)
+    found = s.module(x)
+    answered = torch.tensor([[7, 7, 0, 0], [8, 0, 8, 7]])
+    torch.testing.assert_close(found, torch.where(answered[..., None] > 0, answered[..., None].float(), base))
+    undo()
+    assert tiny.same_bits(s.module(x), base)
+
+
+def test_the_same_question_corrected_again_gets_the_later_answer():
+    (book,) = entry(0.0, 1, owner=7).join(entry(0.0, 2, owner=8))
+    s = site()
+    book.attach(s)
+    assert s.module(torch.zeros(1, 1, 4)).unique().tolist() == [8.0]
+
+
+def test_labels_of_different_lengths_are_compared_as_wholes():
+    short, long = entry(0.0, 3), entry(0.5, 3, owner=1)
+    long = Codebook(**{**long.tensors(), "labels": torch.tensor([[3, 4]])})
+    (book,) = short.join(long)
+    assert len(book.keys) == 2
+
+
+def test_an_entry_shared_by_two_edits_goes_only_with_both():
+    (book,) = entry(0.0, 1, owner=0).join(entry(0.5, 1, owner=1))
+    with pytest.raises(ErrataError, match="shares an entry"):
+        book.without(0)
+    (apart,) = entry(0.0, 1, owner=0).join(entry(9.0, 1, owner=1))
+    assert apart.without(0).keys[0, 0] == 9.0
+    assert apart.without(0).entries.tolist() == [0]
+    assert apart.without(0).without(1) is None
+
+
+def test_a_codebook_cannot_be_scaled():
+    with pytest.raises(ErrataError, match="only weight changes can be scaled"):
+        entry(0.0, 1).scaled(2.0)
+
+
+@pytest.mark.parametrize("change", [low_rank(), dense(), entry(0.0, 1)])
+def test_a_change_is_its_tensors(change: Change):
+    again = Change.kinds[change.kind](**change.tensors())
+    assert all(tiny.same_bits(a, b) for a, b in zip(change.tensors().values(), again.tensors().values(), strict=True))
+    assert change.fits(site())
+    assert not change.fits(Site("other", nn.Linear(6, 4)))
