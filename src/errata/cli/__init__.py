@@ -1,0 +1,60 @@
+"""The shell: `errata demo | edit | show | apply | bench | methods | anatomy`.
+
+A command loads, does, and shows. How commands speak (tables or JSON, warnings, errors, exit codes) is in `shell.py`,
+and PyTorch is imported inside the commands only, so that `errata --help` is there at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from . import shell
+from .correct import apply, edit, show
+from .demo import demo
+from .look import anatomy, methods
+from .measure import bench
+
+app = typer.Typer(
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def errata(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Log every step, and show the traceback of an error.")] = False,
+) -> None:
+    """Correct what a language model knows: one fact, a thousand, or one after another, each as a reversible patch."""
+    if version:
+        shell.out.print(f"errata {__version__}", highlight=False)
+    elif context.invoked_subcommand is None:
+        print(context.get_help(), end="")
+
+
+for command, examples in {
+    demo: ["errata demo"],
+    edit: [
+        'errata edit "The mother tongue of {} is" --subject "Danielle Darrieux" --to English --save p.safetensors',
+        "errata edit --edits facts.jsonl --model ./my-model --method ft-l --set steps=10 --save p.safetensors",
+    ],
+    show: ["errata show p.safetensors"],
+    apply: ['errata apply p.safetensors --prompt "The mother tongue of Danielle Darrieux is"'],
+    bench: ["errata bench --method rome,ft-l,grace --n 20", "errata bench --regime sequential --out report.json"],
+    methods: ["errata methods", "errata methods rome"],
+    anatomy: ["errata anatomy almanac", "errata anatomy openai-community/gpt2"],
+}.items():
+    app.command(epilog="\n\n".join(["Example:", *(f"  {example}" for example in examples)]))(command)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The entry point of `errata`."""
+    sys.exit(shell.run(app, sys.argv[1:] if args is None else args))

@@ -1,0 +1,22 @@
+"""The options that several commands share, each written once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+MODEL = "almanac (built in), a model's folder, or a name on the hub."
+
+Model = Annotated[str, typer.Option("--model", "-m", help=MODEL)]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="Of the weights; by default what they were saved in."),
+]
+Device = Annotated[str | None, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1 ...")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the method, e.g. steps=10; may be repeated."),
+]
+Tokens = Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of an answer to show.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout.")]
