@@ -1,4 +1,4 @@
-"""ROME: one fact, one layer, rank one. A fact is a key k*, at the subject's last token, and the value v* it should get."""
+"""ROME: one fact, one layer, rank one. A fact is a key k*, read at the subject, and the value v* it should have."""
 
 from __future__ import annotations
 
