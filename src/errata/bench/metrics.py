@@ -1,0 +1,132 @@
+"""Scores of answers: pure functions. A number is named by its metric and by its protocol, the way it was obtained.
+
+The metrics: `reliability` (the edit's own prompt), `generalization` (paraphrases), `portability` (what follows from
+it), and `locality` (is the answer to a neighbouring question what it was before the edit?). The protocols:
+
+- `forced`: with the answer's own tokens before each place (teacher forcing), the share of its tokens that are the
+  argmax; for locality, the share of places where the argmax is the one before the edit. EasyEdit's numbers. It sees the
+  right beginning of every answer, so it flatters.
+- `compare`: 1 if the right answer has a higher mean log-probability by token than the wrong one. ROME's efficacy (ES),
+  paraphrase (PS) and neighbourhood (NS) scores.
+- `generated`: the model answers by itself, greedily, to a natural stop; 1 if its text is the answer or contains it in
+  whole words; for locality, 1 if the text is the one before the edit. What a user sees.
+
+A case's score is the mean over its probes of a kind, a report's the mean over its cases. `None` is "not asked".
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import TypeVar
+
+import torch
+
+from ..data import Probe
+from .answer import Answer, Spoken
+
+VERSION = 1
+"""Goes up when a score of the same answers changes."""
+
+PROTOCOLS = ("forced", "compare", "generated")
+METRICS = {
+    "efficacy": "reliability",
+    "paraphrase": "generalization",
+    "neighbourhood": "locality",
+    "portability": "portability",
+}
+"""What the probes of a kind measure, in the order in which a report has them."""
+
+T = TypeVar("T")
+Scores = dict[str, float | None]
+"""By protocol."""
+
+
+def score(probe: Probe, before: Answer, after: Answer) -> Scores:
+    """One probe under every protocol."""
+    if probe.kind == "neighbourhood":
+        forced = _both(kept_tokens, before.answer, after.answer)
+        generated = _both(kept_text, before.text, after.text)
+    else:
+        forced = None if after.answer is None else forced_tokens(after.answer)
+        generated = None if after.text is None else says(after.text, (probe.answer, *probe.aliases))
+    return {"forced": forced, "compare": _both(prefers, after.answer, after.other), "generated": generated}
+
+
+def forced_tokens(answer: Spoken) -> float:
+    """The share of an answer's tokens that the model would have said there."""
+    return fmean(float(a == b) for a, b in zip(answer.ids, answer.argmax, strict=True))
+
+
+def kept_tokens(before: Spoken, after: Spoken) -> float:
+    """The share of an answer's places where the model would say what it would have said before."""
+    return fmean(float(a == b) for a, b in zip(before.argmax, after.argmax, strict=True))
+
+
+def prefers(right: Spoken, wrong: Spoken) -> float:
+    """1 if the right answer is likelier than the wrong one."""
+    return float(right.logprob > wrong.logprob)
+
+
+def says(text: str, answers: Iterable[str]) -> float:
+    """1 if a text is one of these answers or contains it in whole words; case and spacing don't matter."""
+    found = _plain(text)
+    return float(any(re.search(rf"(?<!\w){re.escape(_plain(a))}(?!\w)", found) for a in answers))
+
+
+def kept_text(before: str, after: str) -> float:
+    """1 if the model says the same as before."""
+    return float(before == after)
+
+
+def score_case(probes: Sequence[Probe], scores: Sequence[Scores]) -> dict[str, Scores]:
+    """The mean over the probes of each kind: {metric: {protocol: value}}; only metrics that the case has probes for."""
+    out: dict[str, Scores] = {}
+    for kind, metric in METRICS.items():
+        of_kind = [s for p, s in zip(probes, scores, strict=True) if p.kind == kind]
+        if of_kind:
+            out[metric] = {name: mean([s[name] for s in of_kind]) for name in PROTOCOLS}
+    return out
+
+
+def score_failed(probes: Sequence[Probe]) -> dict[str, Scores]:
+    """A case whose edit could not be made: nothing of it took (0), and there is no edited model to be local (None)."""
+    metrics = {metric: 0.0 for kind, metric in METRICS.items() if any(p.kind == kind for p in probes)}
+    return {m: dict.fromkeys(PROTOCOLS, None if m == "locality" else value) for m, value in metrics.items()}
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that were asked."""
+    known = [v for v in values if v is not None]
+    return fmean(known) if known else None
+
+
+def summarise(rows: Sequence[Mapping[str, Scores]], seed: int) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Over cases: {metric: {protocol: {mean, low, high, n}}}; n counts the cases that have the score."""
+    out: dict[str, dict[str, dict[str, float | int | None]]] = {}
+    for metric in METRICS.values():
+        scored = [row[metric] for row in rows if metric in row]
+        if scored:
+            out[metric] = {name: interval([s[name] for s in scored], seed) for name in PROTOCOLS}
+    return out
+
+
+def interval(values: Sequence[float | None], seed: int, draws: int = 1000) -> dict[str, float | int | None]:
+    """The mean over cases and its 95% interval: the percentiles of the means of resampled cases (bootstrap)."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    scores, generator = torch.tensor(known, dtype=torch.float64), torch.Generator().manual_seed(seed)
+    drawn = [scores[torch.randint(len(known), (len(known),), generator=generator)].mean() for _ in range(draws)]
+    low, high = torch.stack(drawn).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"mean": fmean(known), "low": low, "high": high, "n": len(known)}
+
+
+def _both(compare: Callable[[T, T], float], one: T | None, two: T | None) -> float | None:
+    return None if one is None or two is None else compare(one, two)
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

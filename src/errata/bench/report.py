@@ -1,0 +1,127 @@
+"""What a run found: its numbers, each with metric, protocol and interval, and every answer they were taken from."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import store
+from ..errors import ErrataError, UsageError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A run of one method in one regime. As JSON, an object of three parts:
+
+    about:
+        `format` (of the file), `method`, `settings`, `batched`, `regime` (`single`, `batch=N`, `sequential`), `batch`,
+        `evaluated` (when), `n` (cases), `failed` (cases whose edit could not be made), `unasked` (probes of which
+        something could not be asked), `seed` (of the intervals), `model` (`name`, `fingerprint`, `dtype`),
+        `new_tokens` (limit of generated answers), `metrics` (their version), `versions` (of libraries), `efficiency`
+        (`editing`, `evaluating`, `editing_per_edit`: seconds).
+    summary:
+        {metric: {protocol: {`mean`, `low`, `high`, `n`}}}: the mean over cases, its bootstrap 95% interval, and how
+        many cases have the score. Metrics and protocols are those of `errata.bench.metrics`.
+    rows:
+        One for each case, in order: `case_id`, `relation`, `method`, `regime`, `edit` (its fields), `error` (why it
+        could not be made, or null), `metrics` ({metric: {protocol: value}}, null where not asked), `before` and `after`
+        (what the model says to the edit's prompt; `after` is null if the edit could not be made), and `probes`: the
+        fields of each, its `scores` by protocol, and the raw answers `before` and `after`: `text` (generated), `answer`
+        and `other` (`ids`, `argmax`, `logprob`), `unasked` (why something is missing).
+
+    A number that is not finite is null.
+    """
+
+    about: dict[str, Any]
+    rows: list[dict[str, Any]]
+    summary: dict[str, dict[str, dict[str, Any]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return _plain({"about": self.about, "summary": self.summary, "rows": self.rows})
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON, whole or not at all."""
+        store.write(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a report.
+
+        Raises:
+            UsageError: there is no such file.
+            ErrataError: it is damaged, or no report.
+        """
+        if not Path(path).is_file():
+            raise UsageError(f"there is no file {str(path)!r}; give a report that `errata bench` wrote")
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = found["about"]["format"]
+            if version > FORMAT:
+                raise ErrataError(f"{str(path)!r} was written by a newer errata (format {version}); upgrade")
+            return cls(found["about"], found["rows"], found["summary"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ErrataError(f"{str(path)!r} is damaged or no report; get a whole copy") from error
+
+    def table(self) -> Table:
+        """Metric by protocol, with intervals."""
+        a = self.about
+        batch = f" (batch={a['batch']})" if a["regime"] == "sequential" and a["batch"] > 1 else ""
+        table = Table(
+            title=f"{a['method']} on {a['model']['name']}, {a['regime']}{batch}",
+            caption=_caption(a),
+            caption_justify="left",
+        )
+        table.add_column("metric")
+        table.add_column("protocol")
+        for column in ("mean", "95% interval", "cases"):
+            table.add_column(column, justify="right")
+        for metric, protocols in self.summary.items():
+            for i, (protocol, found) in enumerate(protocols.items()):
+                table.add_row("" if i else metric, protocol, *_cells(found), end_section=i == len(protocols) - 1)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console.print(self.table())
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+
+def _cells(found: Mapping[str, Any]) -> tuple[str, str, str]:
+    if found["mean"] is None:
+        return "–", "–", "0"
+    return f"{found['mean']:.3f}", f"{found['low']:.3f} to {found['high']:.3f}", str(found["n"])
+
+
+def _caption(about: Mapping[str, Any]) -> str:
+    seconds = about["efficiency"]
+    lines = [
+        f"{about['n']} cases, evaluated {about['evaluated']}",
+        f"{seconds['editing_per_edit']:.2f} s an edit, {seconds['evaluating']:.1f} s evaluating",
+    ]
+    if about["failed"]:
+        lines.append(f"{about['failed']} edits could not be made: they count as 0, and have no locality")
+    if about["unasked"]:
+        lines.append(f"{about['unasked']} probes could not be asked in full: they are left out of the means")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
