@@ -67,7 +67,7 @@ def unigram() -> Any:
     """As SentencePiece's: `▁` before every word, also the first; BOS in front; no padding token, as Llama's."""
     words = dict.fromkeys(w for text in corpus() for w in text.replace(".", " .").split())
     whole = {f"▁{w[:6]}": -4.0 for w in words} | {w[6:]: -4.0 for w in words if len(w) > 6}
-    letters = {c: -9.0 for c in "▁.,'-" + string.ascii_letters + string.digits}
+    letters = dict.fromkeys("▁.,'-" + string.ascii_letters + string.digits, -9.0)
     special = {"<unk>": 0.0, "<s>": 0.0, "</s>": 0.0}
     made = Tokenizer(models.Unigram(list((special | letters | whole).items()), unk_id=0))
     made.normalizer = normalizers.NFKC()

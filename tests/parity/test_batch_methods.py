@@ -1,7 +1,7 @@
 """MEMIT, EMMET, PMET and AlphaEdit against numbers recorded from EasyEdit (../shared/reference), step by step.
 
-Tolerances: targets and keys are reproduced to float32 rounding. Updates are solved in float64 here; EasyEdit does so for
-MEMIT and EMMET, inverts explicitly for PMET, and solves in float32 for AlphaEdit, hence their looser bounds.
+Tolerances: targets and keys are reproduced to float32 rounding. Updates are solved in float64 here; EasyEdit does so
+for MEMIT and EMMET, inverts explicitly for PMET, and solves in float32 for AlphaEdit, hence their looser bounds.
 """
 
 import json

@@ -57,7 +57,7 @@ def test_moments_are_the_mean_over_every_token(architecture):
 
 def test_all_layers_come_from_one_pass_that_stops_after_the_last(lm):
     """Pitfall 12: one pass over the corpus per layer, and the layers above for nothing."""
-    calls = {i: 0 for i in range(len(lm.blocks))}
+    calls = dict.fromkeys(range(len(lm.blocks)), 0)
     for i, name in enumerate(lm.blocks):
         lm.module(name).register_forward_pre_hook(lambda m, a, i=i: calls.__setitem__(i, calls[i] + 1))
     moments.second_moments(lm, [lm.mlp_out(i).name for i in (0, 1)], TEXTS[:20], tolerance=0)

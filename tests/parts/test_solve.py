@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from errata import ErrataError
-from errata.parts.solve import exact, factor, null_space, projector, ridge, whiten
+from errata.parts.solve import factor, null_space, projector, ridge, whiten
 
 D_IN, D_OUT, N = 24, 10, 5
 
@@ -24,37 +24,39 @@ def test_whitening_is_the_inverse(problem):
     assert torch.allclose(whiten(factor(C), K) @ C.double(), K.double(), atol=1e-8)
 
 
-def test_exact_meets_its_constraints(problem):
+def test_weight_0_meets_the_constraints(problem):
     K, R, C = problem
-    assert torch.allclose(K @ exact(K, R, factor(C)).delta.T, R, atol=1e-4)
+    assert torch.allclose(K @ ridge(K, R, factor(C)).delta.T, R, atol=1e-4)
 
 
-def test_exact_disturbs_c_least(problem):
+def test_weight_0_disturbs_c_least(problem):
     """Any other update that meets the constraints changes what text gives by more."""
     K, R, C = problem
-    best = exact(K, R, factor(C)).delta
+    best = ridge(K, R, factor(C)).delta
     other = best + torch.randn(D_OUT, D_IN) @ (torch.eye(D_IN) - torch.linalg.pinv(K) @ K)
     assert torch.allclose(K @ other.T, R, atol=1e-3)
     assert (best @ C @ best.T).trace() < (other @ C @ other.T).trace()
 
 
-def test_exact_for_one_key_is_romes_formula(problem):
+def test_weight_0_for_one_key_is_romes_formula(problem):
     K, R, C = problem
     k, r = K[0].double(), R[0].double()
     u = torch.linalg.solve(C.double(), k)
-    assert torch.allclose(exact(K[:1], R[:1], factor(C)).delta.double(), torch.outer(r, u) / (k @ u), atol=1e-5)
+    assert torch.allclose(ridge(K[:1], R[:1], factor(C)).delta.double(), torch.outer(r, u) / (k @ u), atol=1e-5)
 
 
-def test_ridge_equals_the_direct_solution(problem):
-    """Woodbury's n x n system is the paper's d x d one."""
+@pytest.mark.parametrize("times", [1, 8])
+def test_ridge_equals_the_direct_solution(problem, times):
+    """Woodbury's n x n system is the paper's d x d one, for fewer and for more keys than they have entries."""
     K, R, C = (t.double() for t in problem)
+    K, R = (t.repeat(times, 1) + 0.1 * torch.randn(times * N, t.shape[1]) for t in (K, R))
     direct = R.T @ K @ torch.linalg.inv(7.0 * C + K.T @ K)
     assert torch.allclose(ridge(K, R, factor(C), 7.0).delta.double(), direct, atol=1e-6)
 
 
-def test_ridge_tends_to_exact_as_its_weight_goes_to_0(problem):
+def test_ridge_tends_to_its_limit_as_its_weight_goes_to_0(problem):
     K, R, C = problem
-    L, goal = factor(C), exact(*problem[:2], factor(C)).delta
+    L, goal = factor(C), ridge(*problem[:2], factor(C)).delta
     far = [(ridge(K, R, L, weight).delta - goal).norm() for weight in (1.0, 1e-2, 1e-4, 1e-6)]
     assert far == sorted(far, reverse=True)
     assert far[-1] < 1e-4 * goal.norm()
@@ -69,7 +71,7 @@ def test_the_null_space_update_leaves_what_is_preserved_alone(problem):
     assert torch.allclose(K @ delta.T, R, atol=1e-2)
 
 
-@pytest.mark.parametrize("earlier", [0, 3])
+@pytest.mark.parametrize("earlier", [0, 3, 40])
 def test_the_null_space_update_equals_the_direct_solution(problem, earlier):
     """The dual is AlphaEdit's d_in x d_in system."""
     K, R, C = (t.double() for t in problem)

@@ -95,8 +95,8 @@ def _corrections(found: Mapping[str, Any]) -> RenderableType:
         )
     head = f"{about['n']} real facts of CounterFact, each corrected by {about['method']} in {about['model']['name']}"
     note = (
-        "[dim]rephrased: other wordings of the question that get the new answer. others kept: questions about other\n"
-        "subjects that get the answer they got before. Both as the model says them by itself.[/]"
+        "[dim]rephrased: other wordings of the question that get the new answer. others kept: questions about other "
+        "subjects that are answered as before. Both as the model says them by itself (protocol: generated).[/]"
     )
     return Group("", Rule(escape(head), align="left", style="dim"), table, note)
 
@@ -149,10 +149,5 @@ def _proof(found: Mapping[str, Any]) -> RenderableType:
     ]
     count = found["came_back"]["parameters"]
     back = shell.tick(True, f"the model came back: all {count} parameters equal to the bit, no hook left")
-    return Group(
-        "",
-        Rule("A correction is a file", align="left", style="dim"),
-        *map(escape, lines),
-        "",
-        f"{back} [dim]({found['seconds']:.0f} s in all)[/]",
-    )
+    head = Rule("A correction is a file", align="left", style="dim")
+    return Group("", head, *map(escape, lines), "", back, f"[dim]  {found['seconds']:.0f} s in all[/]")

@@ -35,6 +35,9 @@ err = Console(stderr=True, highlight=False)
 INTERRUPTED = 130
 """What typer returns after Ctrl-C."""
 
+SMALL = 50e6
+"""Parameters below which a model runs on one thread: more are slower on a busy machine, and change the last bits."""
+
 written: list[str] = []
 """Files that the command has written."""
 
@@ -75,7 +78,10 @@ def load(model: str, dtype: str | None, device: str | None) -> LM:
     if known == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"there is no {device!r} here: PyTorch sees no GPU; leave --device out, or give cpu")
     with working(f"loading {model}"):
-        return load(model, dtype=dtype, device=device)
+        lm = load(model, dtype=dtype, device=device)
+    if lm.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and lm.model.num_parameters() < SMALL:
+        torch.set_num_threads(1)
+    return lm
 
 
 # What a command writes

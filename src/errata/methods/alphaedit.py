@@ -44,7 +44,7 @@ class AlphaEdit(MEMIT, name="alphaedit"):
 
     def solve(self, lm: LM, site: Site, K: Tensor, R: Tensor, prior: Patch) -> LowRank:
         P = moments.projector(lm, site, self.corpus, self.below)
-        return null_space(K.cpu(), R.cpu(), P, _past(prior, site.name, K), self.weight)
+        return null_space(K, R, P, _past(prior, site.name, K), self.weight)
 
 
 def _carried(name: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..changes import LowRank
 from ..lm import LM, Site
 from ..parts import moments
-from ..parts.solve import exact
+from ..parts.solve import ridge
 from ..patch import Patch
 from .memit import MEMIT
 
@@ -22,8 +22,8 @@ class EMMET(MEMIT, name="emmet"):
     source = "https://arxiv.org/abs/2403.14236"
 
     jitter: float = 1000.0
-    """Softens the constraints where keys are nearly the same; 0 meets them exactly. (The authors' 0.1 on keys
-    whitened by 10,000 C is 1,000 on keys whitened by C.)"""
+    """Softens the constraints where keys are nearly the same, which makes EMMET a MEMIT of that weight; 0 meets them
+    exactly. (The authors' 0.1 on keys whitened by 10,000 C is 1,000 on keys whitened by C.)"""
 
     def solve(self, lm: LM, site: Site, K: Tensor, R: Tensor, prior: Patch) -> LowRank:
-        return exact(K, R, moments.cholesky(lm, site, self.corpus), self.jitter)
+        return ridge(K, R, moments.cholesky(lm, site, self.corpus), self.jitter)

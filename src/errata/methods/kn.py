@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ..changes import LowRank
 from ..edit import Edit
@@ -32,7 +33,7 @@ class KN(Method, name="kn"):
     steps: int = 20
     """Steps of the integrated gradients."""
     lengths: tuple[tuple[int, int], ...] = ((10, 7),)
-    """(new tokens, how many) of the sampled contexts that make several prompts of one, where the paper has paraphrases."""
+    """(new tokens, how many) of the contexts sampled to make several prompts of one; the paper has paraphrases."""
     threshold: float = 0.2
     """A neuron counts for a prompt if it scores at least this share of the prompt's highest score."""
     share: float = 0.7
@@ -62,12 +63,12 @@ class KN(Method, name="kn"):
         prompts = lm.encode([passage(edit, c) for c in contexts.sample(lm, self.lengths, self.seed)])
         scores = attribute(lm, sites, prompts, truth, self.steps)
         found = refine(scores, self.threshold, self.share, self.fewest, self.most)
+        t, t_new = _embedding(lm, truth), _embedding(lm, target)
         changes = {}
-        for number, site in enumerate(sites):
-            neurons = [n for s, n in found if s == number]
+        for site, neurons in zip(sites, found, strict=True):
             if neurons:
-                pick = torch.eye(site.shape[1])[neurons]
-                left = self._written(lm, site, pick, prompts, _embedding(lm, truth), _embedding(lm, target))
+                pick = one_hot(torch.tensor(neurons), site.shape[1]).float()
+                left = self._written(lm, site, pick, prompts, t, t_new)
                 changes[site.name] = (LowRank(torch.zeros(len(neurons), dtype=torch.long), left.cpu(), pick),)
         return Patch(changes)
 

@@ -70,10 +70,8 @@ def _fed(module: nn.Module, given: Tensor, cols: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def refine(
-    scores: Sequence[Tensor], threshold: float, share: float, fewest: int, most: int | None
-) -> list[tuple[int, int]]:
-    """The neurons that express a fact in most of its prompts, the surest first (section 3.3).
+def refine(scores: Sequence[Tensor], threshold: float, share: float, fewest: int, most: int | None) -> list[list[int]]:
+    """The neurons that express a fact in most of its prompts (section 3.3).
 
     A prompt's coarse neurons score at least `threshold` times its highest score. Kept are those that at least `share`
     of the prompts have in common. Where that gives fewer than `fewest` or more than `most`, the paper moves `share` by
@@ -87,20 +85,14 @@ def refine(
         most: neurons to keep at most; None for no bound.
 
     Returns:
-        (number of the site, number of the neuron).
+        The neurons of each site.
     """
-    widths = [s.shape[1] for s in scores]
     every = torch.cat(list(scores), 1)
-    highest = every.max(1, keepdim=True).values
-    sharing = ((every >= threshold * highest) & (every > 0)).double().mean(0)
+    coarse = (every > 0) & (every >= threshold * every.max(1, keepdim=True).values)
+    sharing = coarse.double().mean(0)
     count = max(int((sharing >= share).sum()), min(fewest, int((sharing > 0).sum())))
-    order = sorted(range(len(sharing)), key=lambda i: (-sharing[i].item(), -every[:, i].mean().item()))
-    return [_place(i, widths) for i in order[: count if most is None else min(count, most)]]
-
-
-def _place(number: int, widths: Sequence[int]) -> tuple[int, int]:
-    site = 0
-    while number >= widths[site]:
-        number -= widths[site]
-        site += 1
-    return site, number
+    order = every.mean(0).argsort(descending=True)
+    order = order[sharing[order].argsort(descending=True, stable=True)]
+    kept = torch.zeros_like(sharing, dtype=torch.bool)
+    kept[order[: count if most is None else min(count, most)]] = True
+    return [part.nonzero()[:, 0].tolist() for part in kept.split([s.shape[1] for s in scores])]

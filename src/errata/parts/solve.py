@@ -38,34 +38,31 @@ def whiten(L: Tensor, K: Tensor) -> Tensor:
     return torch.cholesky_solve(K.to(L).T, L).T
 
 
-def exact(K: Tensor, R: Tensor, L: Tensor, jitter: float = 0.0) -> LowRank:
-    """Least tr(dW C dW^T) with dW k = r: dW = R^T (K C^-1 K^T + jitter I)^-1 K C^-1 (EMMET, eq. 11; ROME for n = 1).
+def ridge(K: Tensor, R: Tensor, L: Tensor, weight: float = 0.0) -> LowRank:
+    """Least |dW K^T - R^T|^2 + weight tr(dW C dW^T): dW = R^T K (weight C + K^T K)^-1 (MEMIT, eq. 14).
+
+    By Woodbury that is R^T (K C^-1 K^T + weight I)^-1 K C^-1, an n x n system, and one that has a limit: with weight 0
+    every key gets its value exactly, and C is disturbed least (EMMET, eq. 11; for n = 1 it is ROME, eq. 2). EMMET's
+    softened constraints and MEMIT's ridge are the same formula.
 
     Args:
         K: (n, d_in).
         R: (n, d_out).
         L: the factor of C.
-        jitter: softens the constraints of keys that are nearly the same.
+        weight: how much C counts; 0 only for fewer keys than they have entries.
     """
+    if weight and len(K) > K.shape[1]:  # more keys than entries: the d_in x d_in system is the smaller one
+        keys = K.to(L)
+        return factors(R, torch.linalg.solve(weight * L @ L.T + keys.T @ keys, keys.T).T)
     KC = whiten(L, K)
     D = KC @ K.to(KC).T
-    return factors(R, torch.linalg.solve(D + jitter * torch.eye(len(K)).to(D), KC))
-
-
-def ridge(K: Tensor, R: Tensor, L: Tensor, weight: float) -> LowRank:
-    """Least |dW K^T - R^T|^2 + weight tr(dW C dW^T): dW = R^T K (weight C + K^T K)^-1 (MEMIT, eq. 14).
-
-    By Woodbury, K (weight C + K^T K)^-1 = (I + K A K^T)^-1 K A with A = C^-1 / weight: an n x n system.
-    """
-    KA = whiten(L, K) / weight
-    D = KA @ K.to(KA).T
-    return factors(R, torch.linalg.solve(D + torch.eye(len(K)).to(D), KA))
+    return factors(R, torch.linalg.solve(D + weight * torch.eye(len(K)).to(D), KC))
 
 
 def null_space(K: Tensor, R: Tensor, P: Tensor, past: Tensor, weight: float) -> LowRank:
     """Ridge inside a null space: dW = R^T K P (P (K^T K + past^T past) + weight I)^-1 (AlphaEdit, eq. 14).
 
-    It is solved in the dual, as large as the number of keys, not of their entries.
+    It is solved in the dual while there are fewer keys than they have entries.
 
     Args:
         K: (n, d_in).
@@ -74,8 +71,12 @@ def null_space(K: Tensor, R: Tensor, P: Tensor, past: Tensor, weight: float) -> 
         past: keys of earlier edits, (m, d_in).
         weight: of the size of the update.
     """
-    keys = torch.cat([K, past.to(K)]).double()
-    projected = keys @ P.double()
+    P, K = P.double(), K.to(P.device, torch.float64)
+    keys = torch.cat([K, past.to(K)])
+    if len(keys) > keys.shape[1]:
+        A = P @ (keys.T @ keys) + weight * torch.eye(len(P)).to(P)
+        return factors(R, torch.linalg.solve(A, P @ K.T).T)
+    projected = keys @ P
     G = projected @ keys.T
     inverse = torch.linalg.inv(G + weight * torch.eye(len(G)).to(G))
     return factors(R, inverse[: len(K)] @ projected)
