@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .data import Case, Probe
     from .lm import LM, Site, load
     from .method import Method, methods, sequential
-    from .methods import FT, FTL, FTM, GRACE, ROME, RROME
+    from .methods import EMMET, FT, FTL, FTM, GRACE, KN, MEMIT, PMET, ROME, RROME, AlphaEdit
     from .patch import Patch
 
 __version__ = "0.1.0"
@@ -38,7 +38,8 @@ _WHERE = {
     "Method": "method",
     "methods": "method",
     "sequential": "method",
-    **dict.fromkeys(("ROME", "RROME", "FT", "FTL", "FTM", "GRACE"), "methods"),
+    **dict.fromkeys(("ROME", "RROME", "MEMIT", "EMMET", "PMET", "AlphaEdit", "KN"), "methods"),
+    **dict.fromkeys(("FT", "FTL", "FTM", "GRACE"), "methods"),
     "Case": "data",
     "Probe": "data",
     "data": "",
@@ -47,13 +48,18 @@ _WHERE = {
 }
 
 __all__ = [
+    "EMMET",
     "FT",
     "FTL",
     "FTM",
     "GRACE",
+    "KN",
     "LM",
+    "MEMIT",
+    "PMET",
     "ROME",
     "RROME",
+    "AlphaEdit",
     "Case",
     "Edit",
     "ErrataError",

@@ -9,12 +9,13 @@ from .alphaedit import AlphaEdit
 from .emmet import EMMET
 from .ft import FT, FTL, FTM
 from .grace import GRACE
+from .kn import KN
 from .memit import MEMIT
 from .pmet import PMET
 from .r_rome import RROME
 from .rome import ROME
 
-__all__ = ["EMMET", "FT", "FTL", "FTM", "GRACE", "MEMIT", "PMET", "ROME", "RROME", "AlphaEdit"]
+__all__ = ["EMMET", "FT", "FTL", "FTM", "GRACE", "KN", "MEMIT", "PMET", "ROME", "RROME", "AlphaEdit"]
 
 
 class _Registry(ModuleType):

@@ -23,7 +23,8 @@ def attribute(lm: LM, sites: Sequence[Site], batch: Tokens, answer: int, steps: 
     """What every neuron contributes to p(answer) at the last token of each row, eq. 2 and 3.
 
     The contributions of one site add up to p less p with the site's input at 0, but for the error of the sum over
-    steps, each of which is taken at its middle.
+    steps, each of which is taken at its middle. (Where a norm follows the MLP, as in gemma2, they add up to 0: there
+    the length of an MLP's output means nothing.)
 
     Args:
         lm: the model.
@@ -41,16 +42,19 @@ def attribute(lm: LM, sites: Sequence[Site], batch: Tokens, answer: int, steps: 
 
 
 def _integrated(lm: LM, site: Site, batch: Tokens, answer: int, actual: Tensor, steps: int) -> Tensor:
-    """All steps of all rows are rows of one pass, which runs the blocks from the site's on, on the last token."""
-    n = len(batch)
-    repeated = batch[torch.arange(n, device=lm.device).repeat_interleave(steps)]
-    run = passes(lm, repeated, site.name, repeated.last)
-    way = (torch.arange(steps, device=lm.device) + 0.5) / steps
-    scaled = (way[None, :, None] * actual[:, None]).flatten(0, 1).requires_grad_()
-    with _fed(site.module, scaled, run.start):
-        logits = run.logits(torch.arange(n * steps, device=lm.device), repeated.last)
-    (slope,) = torch.autograd.grad(softmax(logits, -1)[:, answer].sum(), scaled)
-    return actual * slope.unflatten(0, (n, steps)).mean(1)
+    """Each step is a pass through the blocks from the site's on, on the last token.
+
+    As rows of one batch, each step would read the tokens before the last again: six times the work.
+    """
+    rows, last = torch.arange(len(batch), device=lm.device), batch.last
+    run = passes(lm, batch, site.name, last)
+    slopes = torch.zeros_like(actual)
+    for step in range(steps):
+        scaled = ((step + 0.5) / steps * actual).requires_grad_()
+        with _fed(site.module, scaled, run.start):
+            said = softmax(run.logits(rows, last), -1)[:, answer]
+        slopes += torch.autograd.grad(said.sum(), scaled)[0]
+    return actual * slopes / steps
 
 
 @contextmanager
