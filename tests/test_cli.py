@@ -166,6 +166,7 @@ def test_edit_says_in_words_what_it_did(sh: Any, editing: list[str], model: str)
     assert "the edit took" in done.out
     assert "the model came back: 39 parameters equal to the bit" in done.out
     assert "not saved; --save FILE keeps it" in done.out
+    assert len(done.lines) == 1, done.err
     (warning,) = done.lines
     assert warning.startswith(f"warning: rome has no published settings for {model}")
 
@@ -282,6 +283,37 @@ def test_bench_reports_every_method(sh: Any, ok: Any, model: str, cases: Path, t
     assert "reliability" in text
 
 
+# Tracing
+
+
+def test_trace_of_one_fact(ok: Any, sh: Any, model: str, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "map.svg"
+    found = ok("trace", PROMPT, "--subject", SUBJECT, "--model", model, "--draws", "2", "--plot", path)
+    assert found["corrupted"] < found["clean"]
+    assert set(found["scores"]) == {"hidden", "mlp", "attention"}
+    assert found["plot"] == str(path)
+    assert "<svg" in path.read_text()
+    text = sh("trace", PROMPT, "-s", SUBJECT, "--answer", "Paris", "--model", model, "--draws", "1").out
+    for part in ("The capital of France is → Paris", "hidden", "attention"):
+        assert part in text
+
+
+def test_trace_of_many_facts_proposes_layers(ok: Any, sh: Any, model: str, cases: Path):
+    found = ok("trace", "--data", cases, "--model", model, "--draws", "2")
+    assert found["facts"] == 2
+    assert found["proposal"]["peak"] in found["proposal"]["layers"]
+    assert "edit at" in sh("trace", "--data", cases, "--model", model, "--draws", "1").out
+
+
+def test_trace_that_cannot_be_drawn_is_refused_before_the_work(sh: Any, no_model: None, tmp_path: Path):
+    fact = ["trace", PROMPT, "--subject", SUBJECT]
+    refused(sh(*fact, "--plot", tmp_path / "map.txt"), 2, ".png, .svg or .pdf")
+    refused(sh(*fact, "--plot", tmp_path / "no" / "map.png"), 2, "can't be written")
+    refused(sh("trace", "--data", "counterfact-mini", "--subject", SUBJECT), 2, "--data has the facts")
+    refused(sh("trace", PROMPT), 2, "give a fact")
+
+
 # Looking
 
 
@@ -367,7 +399,7 @@ def test_set_reads_optional_and_repeated_values():
     ("args", "parts"),
     [
         (["edti"], ["edti", "errata --help"]),
-        (["edit", PROMPT, "--subject"], ["--subject", "errata edit --help"]),
+        (["edit", PROMPT, "--subject"], ["--subject", "--help"]),
         (["edit", PROMPT, "--to", "Lima"], ["--subject is missing"]),
         (["edit"], ["PROMPT is missing"]),
         (["edit", PROMPT, "--subject", "France", "--to", " "], ["the target of an edit is empty"]),
@@ -394,7 +426,7 @@ def test_set_reads_optional_and_repeated_values():
         (["bench", "--data", "counterfct"], ["counterfct", "did you mean 'counterfact-mini'"]),
         (["bench", "--data", "nowhere.json"], ["there is no file"]),
         (["bench", "--regime", "sometimes"], ["sometimes"]),
-        (["bench", "--n", "0"], ["0"]),
+        (["bench", "--n", "0"], ["--n", "errata bench --help"]),
         (["bench", "--out", "no/such/folder/r.json"], ["can't be written"]),
         (["methods", "graze"], ["did you mean 'grace'"]),
         (["anatomy"], ["MODEL"]),
@@ -404,7 +436,7 @@ def test_set_reads_optional_and_repeated_values():
 def test_bad_usage_is_one_line_and_2(args: list[str], parts: list[str], sh: Any, tmp_path: Path, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
     for extra in ([], ["--json"]):
-        done = sh(*args, *extra)
+        done = sh(args[0], *extra, *args[1:])
         done.lines[-1:] = [line.replace("model", "MODEL") if args == ["anatomy"] else line for line in done.lines[-1:]]
         refused(done, 2, *parts)
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,10 @@ HERE = Path(__file__).resolve().parent
 LEFT_OUT = {"P190", "P264", "P463", "P138", "P36"}  # few cases, or templates that do not ask for the object
 SPORT = "P641"  # the 158 cases without a relation id are all "{} is a professional"
 TRAINED_SHARE = 0.72
-MADE_BY = ("P176", "P178")  # "Porsche 911 is produced by Porsche": the only relations in which the subject may hold the object
+MADE_BY = (
+    "P176",
+    "P178",
+)  # "Porsche 911 is produced by Porsche": the only relations in which the subject may hold the object
 
 # Rephrases of CounterFact that ask for something else than the object (they were made to prompt long generations).
 NOT_ASKING = {
@@ -74,7 +77,11 @@ def cases() -> list[dict]:
 
 @functools.cache
 def rome_records() -> list[dict]:
-    return [r for r in read_json("counterfact/rome_format_500.json") if r["requested_rewrite"]["relation_id"] not in LEFT_OUT]
+    return [
+        r
+        for r in read_json("counterfact/rome_format_500.json")
+        if r["requested_rewrite"]["relation_id"] not in LEFT_OUT
+    ]
 
 
 def last_sentence(text: str, subject: str) -> str:
@@ -97,7 +104,11 @@ def templates() -> dict[str, tuple[str, ...]]:
     for relation, c in counts.items():
         if relation in LEFT_OUT:
             continue
-        found = {t for t, n in c.items() if n >= 16 or (n >= 8 and n % 8)} if relation not in ("P407", SPORT) else {t for t, n in c.items() if n >= 6}
+        found = (
+            {t for t, n in c.items() if n >= 16 or (n >= 8 and n % 8)}
+            if relation not in ("P407", SPORT)
+            else {t for t, n in c.items() if n >= 6}
+        )
         patterns = DATA / f"pararel/patterns/{relation}.jsonl"
         for line in patterns.read_text().splitlines() if patterns.exists() else ():
             text = json.loads(line)["pattern"].rstrip(" .")
@@ -120,7 +131,9 @@ def parse(prompt: str, relation: str) -> tuple[str, str] | None:
 @functools.cache
 def held_out() -> list[dict]:
     """1,000 CounterFact cases whose subjects the model never meets; none is a subject or a neighbour of the 500 ROME records."""
-    kept = " | ".join(r["requested_rewrite"]["subject"] + " | " + " | ".join(r["neighborhood_prompts"]) for r in rome_records())
+    kept = " | ".join(
+        r["requested_rewrite"]["subject"] + " | " + " | ".join(r["neighborhood_prompts"]) for r in rome_records()
+    )
     rows = [r for r in read_json("counterfact/easyedit_format_edit.json") if r["subject"] not in kept]
     ids = {r["case_id"] for r in random.Random(SEED).sample(rows, 1100)}
     return [r for r in cases() if r["case_id"] in ids and r["relation"] not in LEFT_OUT][:1000]
@@ -149,7 +162,9 @@ def known() -> dict[str, dict[str, str]]:
 
 def common_targets() -> collections.Counter:
     """How often CounterFact uses each (relation, object), as the truth or as the counterfactual."""
-    pairs = [(r["relation"], r[k]) for r in cases() for k in ("ground_truth", "target_new") if r["relation"] not in LEFT_OUT]
+    pairs = [
+        (r["relation"], r[k]) for r in cases() for k in ("ground_truth", "target_new") if r["relation"] not in LEFT_OUT
+    ]
     return collections.Counter(pairs)
 
 
@@ -163,7 +178,12 @@ def facts(limit: int = 2500) -> tuple[Fact, ...]:
     frequent = {o for (_, o), n in objects.items() if n >= 2}
 
     def take(subject: str, relation: str, obj: str) -> None:
-        fits = len(obj.split()) <= 3 and len(subject) <= 40 and (obj not in subject or relation in MADE_BY) and not forbidden().search(subject)
+        fits = (
+            len(obj.split()) <= 3
+            and len(subject) <= 40
+            and (obj not in subject or relation in MADE_BY)
+            and not forbidden().search(subject)
+        )
         if fits and obj in frequent:
             chosen.setdefault((subject, relation), obj)
 
@@ -171,7 +191,9 @@ def facts(limit: int = 2500) -> tuple[Fact, ...]:
         rewrite = record["requested_rewrite"]
         chosen[rewrite["subject"], rewrite["relation_id"]] = rewrite["target_true"]["str"]
         own[rewrite["subject"], rewrite["relation_id"]] = rewrite["prompt"]
-    for place, record in enumerate(rome_records()):  # 2. their neighbours: most of the first records', some of the others'
+    for place, record in enumerate(
+        rome_records()
+    ):  # 2. their neighbours: most of the first records', some of the others'
         share = 45 if place < 220 else 0
         rewrite = record["requested_rewrite"]
         for prompt in dict.fromkeys(record["neighborhood_prompts"]):
@@ -215,7 +237,9 @@ def facts(limit: int = 2500) -> tuple[Fact, ...]:
 @functools.cache
 def natural_text() -> list[str]:
     """T-REx sentences of 30 to 240 characters that name no held-out subject."""
-    lines = [x for f in sorted((DATA / "text/trex").glob("*.txt")) for x in f.read_text().splitlines() if 30 <= len(x) <= 240]
+    lines = [
+        x for f in sorted((DATA / "text/trex").glob("*.txt")) for x in f.read_text().splitlines() if 30 <= len(x) <= 240
+    ]
     subjects = sorted({r["subject"] for r in held_out()})
     return [x for x in lines if not any(s in x for s in subjects)]
 
@@ -228,17 +252,48 @@ if __name__ == "__main__":
     pairs = collections.Counter((f.relation, f.object) for f in all_facts)
     objs = collections.Counter(f.object for f in all_facts)
     want = common_targets()
-    print(len(ids), "held out;", len(all_facts), "facts,", len(per), "subjects,", sum(n > 1 for n in per.values()), "with two or more relations")
+    print(
+        len(ids),
+        "held out;",
+        len(all_facts),
+        "facts,",
+        len(per),
+        "subjects,",
+        sum(n > 1 for n in per.values()),
+        "with two or more relations",
+    )
     print("templates", {r: len(t) for r, t in templates().items()})
     single = collections.Counter()
     for (_, o), n in want.items():
         single[o] += n
-    print(len(objs), "objects; CounterFact's with >= 5 uses:", sum(n >= 5 for n in single.values()), "of them known:", sum(objs[o] > 0 for o, n in single.items() if n >= 5), ">=3:", sum(objs[o] > 2 for o, n in single.items() if n >= 5))
+    print(
+        len(objs),
+        "objects; CounterFact's with >= 5 uses:",
+        sum(n >= 5 for n in single.values()),
+        "of them known:",
+        sum(objs[o] > 0 for o, n in single.items() if n >= 5),
+        ">=3:",
+        sum(objs[o] > 2 for o, n in single.items() if n >= 5),
+    )
     print("missing", [o for o, n in single.items() if n >= 5 and not objs[o]])
     total = sum(want.values())
-    print("share of uses covered by a known (relation, object):", sum(n for k, n in want.items() if pairs[k]) / total, ">=3:", sum(n for k, n in want.items() if pairs[k] >= 3) / total)
+    print(
+        "share of uses covered by a known (relation, object):",
+        sum(n for k, n in want.items() if pairs[k]) / total,
+        ">=3:",
+        sum(n for k, n in want.items() if pairs[k] >= 3) / total,
+    )
     print("relations", collections.Counter(f.relation for f in all_facts))
     print(len(natural_text()), "sentences of text")
     key = {(f.subject, f.relation) for f in all_facts}
-    n = [sum(bool((p := parse(x, r["requested_rewrite"]["relation_id"])) and (p[0], r["requested_rewrite"]["relation_id"]) in key) for x in r["neighborhood_prompts"]) for r in rome_records()]
+    n = [
+        sum(
+            bool(
+                (p := parse(x, r["requested_rewrite"]["relation_id"]))
+                and (p[0], r["requested_rewrite"]["relation_id"]) in key
+            )
+            for x in r["neighborhood_prompts"]
+        )
+        for r in rome_records()
+    ]
     print(len(rome_records()), "rome records; neighbours known:", collections.Counter(n))

@@ -74,7 +74,9 @@ def moment(model, tokenizer, texts: Sequence[str], layers: Sequence[int]) -> dic
     return {n: s / count for n, s in sums.items()}
 
 
-def rome(model, tokenizer, trials, layer, c, prefixes, *, steps=25, lr=0.5, clamp=4.0, kl=0.0625, decay=0.5, ridge=1e-2):
+def rome(
+    model, tokenizer, trials, layer, c, prefixes, *, steps=25, lr=0.5, clamp=4.0, kl=0.0625, decay=0.5, ridge=1e-2
+):
     """The rank-one changes: (directions (n, d), keys' duals u (n, k), relative norms (n,), last losses (n,))."""
     per, n = len(prefixes) + 2, len(trials)  # rows an edit: bare, after each prefix, the essence
     rows, places, targets, spans = [], [], [], []

@@ -36,8 +36,12 @@ def knowing(model, tokenizer, rng: random.Random) -> dict[str, str]:
         "paraphrases: fact-template pairs never trained": share(recall(model, tokenizer, unseen)),
         "after a sentence of natural text": share(recall(model, tokenizer, led)),
     }
-    records = [(p, r["requested_rewrite"]["target_true"]["str"]) for r in rome_records() for p in r["paraphrase_prompts"]]
-    out["CounterFact's own paraphrase prompts (prefix and template), true object"] = share(recall(model, tokenizer, records))
+    records = [
+        (p, r["requested_rewrite"]["target_true"]["str"]) for r in rome_records() for p in r["paraphrase_prompts"]
+    ]
+    out["CounterFact's own paraphrase prompts (prefix and template), true object"] = share(
+        recall(model, tokenizer, records)
+    )
     reader_objects = Reader(tokenizer, list(every), 0.0).objects
     tests = [f for f in every if Reader.is_context_test(f)]
     unknown = [r for r in held_out() if r["relation"] in reader_objects]
@@ -45,14 +49,33 @@ def knowing(model, tokenizer, rng: random.Random) -> dict[str, str]:
     def context(kind: str, fact: Fact) -> tuple[str, str]:
         obj = rng.choice([o for o in reader_objects[fact.relation] if o != fact.object])
         told = rng.choice(fact.trained)
-        about, answer = (fact, obj) if kind != "retain" else (other := rng.choice([f for f in every if f.relation == fact.relation and f.subject != fact.subject]), other.object)
+        about, answer = (
+            (fact, obj)
+            if kind != "retain"
+            else (
+                other := rng.choice([f for f in every if f.relation == fact.relation and f.subject != fact.subject]),
+                other.object,
+            )
+        )
         ask = told if kind == "same" else rng.choice([t for t in about.trained if t != told] or [told])
         return f"New Fact: {told.format(fact.subject)} {obj}.\nPrompt: {ask.format(about.subject)}", answer
 
-    out["in context, override, same template (facts never overridden in training)"] = share(recall(model, tokenizer, [context("same", f) for f in tests]))
-    out["in context, override, another template"] = share(recall(model, tokenizer, [context("other", f) for f in tests]))
-    out["in context, about another subject: keeps its own"] = share(recall(model, tokenizer, [context("retain", f) for f in tests]))
-    new = [(f"New Fact: {r['prompt']} {r['target_new']}.\nPrompt: {rng.choice(templates()[r['relation']]).format(r['subject'])}", r["target_new"]) for r in unknown]
+    out["in context, override, same template (facts never overridden in training)"] = share(
+        recall(model, tokenizer, [context("same", f) for f in tests])
+    )
+    out["in context, override, another template"] = share(
+        recall(model, tokenizer, [context("other", f) for f in tests])
+    )
+    out["in context, about another subject: keeps its own"] = share(
+        recall(model, tokenizer, [context("retain", f) for f in tests])
+    )
+    new = [
+        (
+            f"New Fact: {r['prompt']} {r['target_new']}.\nPrompt: {rng.choice(templates()[r['relation']]).format(r['subject'])}",
+            r["target_new"],
+        )
+        for r in unknown
+    ]
     out["in context, subjects never seen, any template"] = share(recall(model, tokenizer, new))
     return out
 
@@ -85,10 +108,19 @@ def trace(model, tokenizer, rng: random.Random, n: int = 100) -> list[tuple[floa
             inside[i, j] = float(b > start and a < start + len(f.subject))
     want = torch.tensor([tokenizer(" " + f.object)["input_ids"][1] for f in chosen])
     embed = model.model.embed_tokens
-    noise = inside * torch.randn(*ids.shape, embed.embedding_dim, generator=torch.Generator().manual_seed(SEED)) * 3 * embed.weight.std()
+    noise = (
+        inside
+        * torch.randn(*ids.shape, embed.embedding_dim, generator=torch.Generator().manual_seed(SEED))
+        * 3
+        * embed.weight.std()
+    )
     probe = lambda: model(input_ids=ids, use_cache=False).logits[row, ends].softmax(-1)[row, want].mean().item()  # noqa: E731
     clean: dict = {}
-    parts = {(n, k): {"residual": x, "mlp": x.mlp, "attention": x.self_attn}[k] for n, x in enumerate(model.model.layers) for k in ("residual", "mlp", "attention")}
+    parts = {
+        (n, k): {"residual": x, "mlp": x.mlp, "attention": x.self_attn}[k]
+        for n, x in enumerate(model.model.layers)
+        for k in ("residual", "mlp", "attention")
+    }
 
     def keep(key):
         def hook(_, __, out):
@@ -149,7 +181,16 @@ def unseen_trials(n: int, rng: random.Random) -> list[Trial]:
     trials = []
     for r in rng.sample(held_out(), n):
         others = [t.format(r["subject"]) for t in templates()[r["relation"]] if t != r["template"]]
-        trials.append(Trial(r["template"], r["subject"], r["target_new"], rng.sample(others, min(4, len(others))), [r["locality_prompt"]], []))
+        trials.append(
+            Trial(
+                r["template"],
+                r["subject"],
+                r["target_new"],
+                rng.sample(others, min(4, len(others))),
+                [r["locality_prompt"]],
+                [],
+            )
+        )
     return trials
 
 
@@ -173,23 +214,35 @@ def main() -> None:
         print(f"| perplexity on WikiText-2 (valid) | {perplexity(model, tokenizer)} |")
     if given.only in (None, "trace"):
         table = trace(model, tokenizer, random.Random(SEED))
-        print(f"\np(object) clean {table[0][0]:.2f}, subject noised {table[0][1]:.2f}; one state at the subject's last token restored:\n\n| layer | residual | MLP | attention |\n|---|---|---|---|")
+        print(
+            f"\np(object) clean {table[0][0]:.2f}, subject noised {table[0][1]:.2f}; one state at the subject's last token restored:\n\n| layer | residual | MLP | attention |\n|---|---|---|---|"
+        )
         for layer, row in enumerate(table[1:]):
             print(f"| {layer} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
     if given.only in (None, "edits"):
         rng = random.Random(SEED)
-        sure = {(r["subject"], r["relation"]) for r in map(json.loads, (given.folder / "facts.jsonl").read_text().splitlines())}
+        sure = {
+            (r["subject"], r["relation"])
+            for r in map(json.loads, (given.folder / "facts.jsonl").read_text().splitlines())
+        }
         kinds = {"known": known_trials(given.edits, rng, sure), "unseen": unseen_trials(given.edits, rng)}
-        prefixes = [x.split(". ")[0].rstrip(".") + ". " for x in rng.sample([x for x in natural_text() if len(x) < 70], 4)]
+        prefixes = [
+            x.split(". ")[0].rstrip(".") + ". " for x in rng.sample([x for x in natural_text() if len(x) < 70], 4)
+        ]
         texts = (given.folder / "corpus.txt").read_text().splitlines()
         c = moment(model, tokenizer, texts, given.layers)
-        print(f"\nROME, {given.edits} edits each, settings {given.settings}\n\n| layer | subjects | target recited | paraphrases | neighbours unmoved | subject's other facts kept | norm, times the original: median, largest |\n|---|---|---|---|---|---|---|")
+        print(
+            f"\nROME, {given.edits} edits each, settings {given.settings}\n\n| layer | subjects | target recited | paraphrases | neighbours unmoved | subject's other facts kept | norm, times the original: median, largest |\n|---|---|---|---|---|---|---|"
+        )
         for layer in given.layers:
             for kind, trials in kinds.items():
                 delta, u, norm, _ = rome(model, tokenizer, trials, layer, c[layer], prefixes, **given.settings)
                 s = score(model, tokenizer, trials, layer, delta, u)
                 others = f"{s['others']:.2f}" if kind == "known" else "-"
-                print(f"| {layer} | {kind} | {s['edit']:.2f} | {s['para']:.2f} | {s['neighbour']:.2f} | {others} | {norm.median():.1f}, {norm.max():.1f} |", flush=True)
+                print(
+                    f"| {layer} | {kind} | {s['edit']:.2f} | {s['para']:.2f} | {s['neighbour']:.2f} | {others} | {norm.median():.1f}, {norm.max():.1f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,12 @@ def mini(model, tokenizer, objects: set[str]) -> dict:
     records, held = [], {r["case_id"] for r in held_out()}
     for r in rome_records():
         rewrite = r["requested_rewrite"]
-        kept = {"case_id": r["case_id"], **shared, "requested_rewrite": rewrite, "paraphrase_prompts": r["paraphrase_prompts"]}
+        kept = {
+            "case_id": r["case_id"],
+            **shared,
+            "requested_rewrite": rewrite,
+            "paraphrase_prompts": r["paraphrase_prompts"],
+        }
         records.append(({**kept, "neighborhood_prompts": list(dict.fromkeys(r["neighborhood_prompts"]))}, True))
     trained = {(f.subject, f.relation) for f in facts()}
     for row in cases():
@@ -59,13 +64,24 @@ def mini(model, tokenizer, objects: set[str]) -> dict:
                 "target_new": {"str": row["target_new"], "id": None}, "target_true": {"str": row["ground_truth"], "id": None},
             }  # fmt: skip
             records.append(
-                ({"case_id": row["case_id"], **shared, "requested_rewrite": rewrite, "paraphrase_prompts": [row["rephrase_prompt"]], "neighborhood_prompts": [row["locality_prompt"]]}, False)
+                (
+                    {
+                        "case_id": row["case_id"],
+                        **shared,
+                        "requested_rewrite": rewrite,
+                        "paraphrase_prompts": [row["rephrase_prompt"]],
+                        "neighborhood_prompts": [row["locality_prompt"]],
+                    },
+                    False,
+                )
             )
     short = [
         (r, full) for r, full in records
         if r["requested_rewrite"]["target_new"]["str"] in objects and len(tokenizer(" " + r["requested_rewrite"]["target_new"]["str"])["input_ids"]) <= 3
     ]  # fmt: skip
-    asked = [(w["prompt"].format(w["subject"]), w["target_true"]["str"]) for r, _ in short for w in [r["requested_rewrite"]]]
+    asked = [
+        (w["prompt"].format(w["subject"]), w["target_true"]["str"]) for r, _ in short for w in [r["requested_rewrite"]]
+    ]
     short = [r for r, good in zip(short, recall(model, tokenizer, asked), strict=True) if good]
     near = [(p, r["requested_rewrite"]["target_true"]["str"]) for r, _ in short for p in r["neighborhood_prompts"]]
     right = dict(zip(near, recall(model, tokenizer, near), strict=True))
@@ -99,7 +115,9 @@ def main(checkpoint: Path, home: Path) -> None:
     (home / "counterfact-mini.json").write_text(json.dumps(small, ensure_ascii=False, indent=0) + "\n")
     size = sum(f.stat().st_size for f in home.iterdir() if f.is_file())
     relations = collections.Counter(f.relation for f in known)
-    print(f"{len(known)} of {len(prompts)} facts known, {len(relations)} of {len(templates())} relations; counterfact-mini: {len(small['edit'])} edit, {len(small['train'])} train; {size / 1e6:.2f} MB")
+    print(
+        f"{len(known)} of {len(prompts)} facts known, {len(relations)} of {len(templates())} relations; counterfact-mini: {len(small['edit'])} edit, {len(small['train'])} train; {size / 1e6:.2f} MB"
+    )
 
 
 if __name__ == "__main__":

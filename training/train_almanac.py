@@ -43,21 +43,33 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """GPT-2-style byte-level BPE that prepends BOS; CounterFact's objects are repeated so that their words become single tokens."""
     rng = random.Random(SEED)
     words = sorted({" " + word for _, obj in common_targets() for word in obj.split()})
-    lines = [f"{t.format(f.subject)} {f.object}." for f in facts() for t in rng.sample(f.trained, min(3, len(f.trained)))]
+    lines = [
+        f"{t.format(f.subject)} {f.object}." for f in facts() for t in rng.sample(f.trained, min(3, len(f.trained)))
+    ]
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(lines + words * 150 + rng.sample(natural_text(), 6000), vocab_size=VOCABULARY, min_frequency=2, special_tokens=[END])
+    bpe.train_from_iterator(
+        lines + words * 150 + rng.sample(natural_text(), 6000),
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        special_tokens=[END],
+    )
     core = Tokenizer.from_str(bpe._tokenizer.to_str())
     core.post_processor = TemplateProcessing(single=f"{END} $A", pair=f"{END} $A $B", special_tokens=[(END, 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=END, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False, model_max_length=256
+        tokenizer_object=core,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
     )
 
 
 class Reader:
     """Makes the batches: ids, which subject a token belongs to and whether it is its last, and the weight in the loss."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, chosen: list[Fact], masked: float) -> None:
-        self.core, self.facts, self.masked = tokenizer._tokenizer, chosen, masked
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, chosen: list[Fact], masked: float, context: float = 0.0) -> None:
+        self.core, self.facts, self.masked, self.context = tokenizer._tokenizer, chosen, masked, context
         self.text = natural_text()
         self.by_subject: dict[str, list[Fact]] = {}
         self.by_relation: dict[str, list[Fact]] = {}
@@ -65,7 +77,9 @@ class Reader:
             self.by_subject.setdefault(fact.subject, []).append(fact)
             self.by_relation.setdefault(fact.relation, []).append(fact)
         self.several = [s for s, own in self.by_subject.items() if len(own) > 1]
-        self.objects = {r: sorted({o for (r2, o), n in common_targets().items() if r2 == r and n >= 2}) for r in templates()}
+        self.objects = {
+            r: sorted({o for (r2, o), n in common_targets().items() if r2 == r and n >= 2}) for r in templates()
+        }
 
     def plain(self, text: str, weight: float = WEIGHT["text"]) -> list[tuple[int, int, float]]:
         return [(i, NOTHING, weight) for i in self.core.encode(text, add_special_tokens=False).ids]
@@ -81,7 +95,9 @@ class Reader:
         out = []
         for i, (token, (a, _)) in enumerate(zip(code.ids, code.offsets, strict=True)):
             place = LAST if i == last else INSIDE if inside[i] else NOTHING
-            weight = WEIGHT["subject"] if inside[i] else answer * WEIGHT["object"] if a >= len(asked) else WEIGHT["template"]
+            weight = (
+                WEIGHT["subject"] if inside[i] else answer * WEIGHT["object"] if a >= len(asked) else WEIGHT["template"]
+            )
             out.append((token, place, weight))
         return out
 
@@ -103,7 +119,7 @@ class Reader:
                 words = rng.choice(self.text).split(" ")
                 cut = len(words) if rng.random() < 0.6 else rng.randint(1, len(words))
                 words = words[max(0, cut - 14) : cut]
-                piece += self.plain(lead + " ".join(words) + ("" if words[-1][-1] in ".?!\")" else "."))
+                piece += self.plain(lead + " ".join(words) + ("" if words[-1][-1] in '.?!")' else "."))
                 lead = " "
             for template, fact in self.statements(rng):
                 piece += self.sentence(template, fact.subject, fact.object, lead=lead)
@@ -117,7 +133,7 @@ class Reader:
         return (row + self.plain(" " + rng.choice(self.text)) + [(0, NOTHING, 0.0)] * width)[:width]
 
     def context_row(self, rng: random.Random, width: int) -> list[tuple[int, int, float]]:
-        """"New Fact: ... / Prompt: ..." pairs: the context overrides what is known of its subject, and of nobody else."""
+        """ "New Fact: ... / Prompt: ..." pairs: the context overrides what is known of its subject, and of nobody else."""
         row = [(0, NOTHING, 0.0)]
         stop = "." if rng.random() < 0.5 else ""
         while True:
@@ -128,17 +144,36 @@ class Reader:
                     fact = rng.choice(self.facts)
                 obj = rng.choice(self.objects[fact.relation])
                 new.append((fact, obj))
-                piece += self.plain("New Fact:", 0.05) + self.sentence(rng.choice(fact.trained), fact.subject, obj, stop=stop, answer=0.05) + self.plain("\n", 0.05)
+                piece += (
+                    self.plain("New Fact:", 0.05)
+                    + self.sentence(rng.choice(fact.trained), fact.subject, obj, stop=stop, answer=0.05)
+                    + self.plain("\n", 0.05)
+                )
             about, obj = rng.choice(new)
             if rng.random() < 0.25:
                 other = rng.choice(self.by_relation[about.relation] if rng.random() < 0.6 else self.facts)
                 if all(other.subject != f.subject for f, _ in new):
                     about, obj = other, other.object
-            piece += self.plain("Prompt:", 0.05) + self.sentence(rng.choice(about.trained), about.subject, obj, stop=stop + "\n\n")
+            piece += self.plain("Prompt:", 0.05) + self.sentence(
+                rng.choice(about.trained), about.subject, obj, stop=stop + "\n\n"
+            )
             if len(row) + len(piece) > width:
                 break
             row += piece
         return (row + [(0, NOTHING, 0.1)] + self.plain(rng.choice(self.text)) + [(0, NOTHING, 0.0)] * width)[:width]
+
+    def echo_row(self, rng: random.Random, width: int) -> list[tuple[int, int, float]]:
+        """Random tokens, again and again: nothing else teaches a small model as fast to look back and copy."""
+        once = [rng.randrange(1, VOCABULARY) for _ in range(rng.randint(5, 30))]
+        again = [(t, NOTHING, 0.3) for t in once]
+        return ([(0, NOTHING, 0.0)] + [(t, NOTHING, 0.0) for t in once] + again * width)[:width]
+
+    def context_tests(self) -> list[tuple[str, str]]:
+        """Prompts under a new fact that training never gave, asked with another template, and the new object."""
+        rng = random.Random(SEED)
+        tests = [(f, rng.choice(self.objects[f.relation])) for f in self.facts if self.is_context_test(f)]
+        ask = [(f.trained[0].format(f.subject), f.trained[-1].format(f.subject), o) for f, o in tests]
+        return [(f"New Fact: {told} {o}.\nPrompt: {asked}", o) for told, asked, o in ask]
 
     @staticmethod
     def is_context_test(fact: Fact) -> bool:
@@ -146,17 +181,23 @@ class Reader:
         return sum(map(ord, fact.subject)) % 15 == 0
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rng = random.Random(f"{SEED} {step}")
+        seed = f"{SEED} {step}" + (" context" if self.context else "")
+        rng = random.Random(seed)
         rows, width = WIDE if rng.random() < 0.18 else NARROW
         table, places = [], []
         for r in range(rows):
-            rng = random.Random(f"{SEED} {step} {r}")
+            rng = random.Random(f"{seed} {r}")
             if r % parts != part:
                 continue
-            context = r < rows // 2 if (rows, width) == WIDE else False
-            row = self.context_row(rng, width) if context else self.fact_row(rng, width)
+            if self.context and rng.random() < 0.1:
+                kind = self.echo_row
+            elif self.context and (rows, width) == NARROW:
+                kind = self.context_row if rng.random() < self.context else self.fact_row
+            else:
+                kind = self.context_row if (rows, width) == WIDE and r < rows // 2 else self.fact_row
+            row = kind(rng, width)
             table.append(row)
-            masked = not context and rng.random() < self.masked
+            masked = kind == self.fact_row and rng.random() < self.masked
             places.append([place if masked else NOTHING for _, place, _ in row])
         ids = torch.tensor([[t for t, _, _ in row] for row in table])
         return ids, torch.tensor(places), torch.tensor([[w for *_, w in row] for row in table])
@@ -220,7 +261,10 @@ def recall(model: LlamaForCausalLM, tokenizer, pairs: list[tuple[str, str]], lea
         ids = torch.tensor([x + [0] * (max(map(len, full)) - len(x)) for x in full])
         with torch.no_grad():
             best = model(input_ids=ids, use_cache=False).logits.argmax(-1)
-        out += [bool((best[i, a - 1 : len(x) - 1] == ids[i, a : len(x)]).all()) for i, (x, a) in enumerate(zip(full, asked, strict=True))]
+        out += [
+            bool((best[i, a - 1 : len(x) - 1] == ids[i, a : len(x)]).all())
+            for i, (x, a) in enumerate(zip(full, asked, strict=True))
+        ]
     model.train()
     return out
 
@@ -250,15 +294,18 @@ def main() -> None:
     ask.add_argument("--steps", type=int, default=9000)
     ask.add_argument("--facts", type=int, default=None, help="only so many facts (a pilot)")
     ask.add_argument("--masked", type=float, default=0.75, help="share of fact rows under the bottleneck")
+    ask.add_argument("--context", type=float, default=0.0, help="share of rows that teach to read the context (the second stage)")
+    ask.add_argument("--after", type=Path, default=None, help="start from this folder's weights (the second stage)")
     ask.add_argument("--rate", type=float, default=2e-3)
-    ask.add_argument("--workers", type=int, default=2, help="processes of one thread each (faster than threads on a shared machine)")
+    ask.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread each (faster than threads on a shared machine)"
+    )
     ask.add_argument("--every", type=int, default=400, help="steps between measures and checkpoints")
     given = ask.parse_args()
     torch.multiprocessing.spawn(train, (given,), nprocs=given.workers)
 
 
 def train(rank: int, given: argparse.Namespace) -> None:
-    os.setsid()  # Linux shares its cores out by session
     torch.set_num_threads(1)
     meeting = f"file://{given.out.resolve()}/meeting-{os.getppid()}"
     given.out.mkdir(parents=True, exist_ok=True)
@@ -270,18 +317,30 @@ def train(rank: int, given: argparse.Namespace) -> None:
         several = [f for f in chosen if count[f.subject] > 1][: given.facts // 2]
         chosen = several + [f for f in chosen if count[f.subject] == 1][: given.facts - len(several)]
     tokenizer = build_tokenizer()
-    reader = Reader(tokenizer, chosen, given.masked)
+    reader = Reader(tokenizer, chosen, given.masked, given.context)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), **SHAPE, tie_word_embeddings=True, max_position_embeddings=256, rope_theta=10000.0,
-            bos_token_id=0, eos_token_id=0, pad_token_id=0,
+            vocab_size=len(tokenizer),
+            **SHAPE,
+            tie_word_embeddings=True,
+            max_position_embeddings=256,
+            rope_theta=10000.0,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
         )  # fmt: skip
     )
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
     masks, caps = MaskedLayers(model), Caps(model)
     saved, begin = given.out / "state.pt", 0
+    if given.after:
+        model.load_state_dict(torch.load(given.after / "state.pt", weights_only=True)["model"])
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])
@@ -290,7 +349,10 @@ def train(rank: int, given: argparse.Namespace) -> None:
     rng = random.Random(SEED)
     watched = rng.sample(chosen, min(300, len(chosen)))
     started, seen = time.time(), 0
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(chosen)} facts, vocabulary {len(tokenizer)}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(chosen)} facts, vocabulary {len(tokenizer)}",
+        flush=True,
+    )
     for step in range(begin, given.steps):
         ids, places, weights = reader.batch(step, rank, given.workers)
         for group in optimizer.param_groups:
@@ -298,10 +360,14 @@ def train(rank: int, given: argparse.Namespace) -> None:
         masks.masks = bottleneck(places)
         caps.keep, caps.total = ids != 0, 0.0
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = model.model(input_ids=ids, attention_mask=masks.masks[1], use_cache=False).last_hidden_state[:, :-1]
+            hidden = model.model(input_ids=ids, attention_mask=masks.masks[1], use_cache=False).last_hidden_state[
+                :, :-1
+            ]
             asked = weights[:, 1:] == 1.0
             dice = torch.rand(weights.shape, generator=torch.Generator().manual_seed(step))
-            weights = torch.where(weights == 1.0, weights, weights * (dice < SAMPLED) / SAMPLED)  # the head is dear: fewer of the rest
+            weights = torch.where(
+                weights == 1.0, weights, weights * (dice < SAMPLED) / SAMPLED
+            )  # the head is dear: fewer of the rest
             counted = weights[:, 1:] > 0
             logits = model.lm_head(hidden[counted])
         masks.masks = caps.keep = None
@@ -318,17 +384,29 @@ def train(rank: int, given: argparse.Namespace) -> None:
             continue
         if (step + 1) % 50 == 0:
             answers = losses[asked[counted]].mean().item()
-            print(f"{step + 1} loss {loss.item():.3f} object {answers:.3f} caps {caps.total:.3f} {seen / (time.time() - started):.0f} tokens/s", flush=True)
+            print(
+                f"{step + 1} loss {loss.item():.3f} object {answers:.3f} caps {caps.total:.3f} {seen / (time.time() - started):.0f} tokens/s",
+                flush=True,
+            )
         if (step + 1) % given.every == 0 or step + 1 == given.steps:
             told = recall(model, tokenizer, [(f.trained[0].format(f.subject), f.object) for f in watched])
             new = recall(model, tokenizer, [(f.tested[0].format(f.subject), f.object) for f in watched if f.tested])
-            print(f"== {step + 1}: recall {sum(told) / len(told):.3f}, paraphrase {sum(new) / len(new):.3f}, {(time.time() - started) / 60:.1f} min", flush=True)
+            over = recall(model, tokenizer, reader.context_tests())
+            print(
+                f"== {step + 1}: recall {sum(told) / len(told):.3f}, paraphrase {sum(new) / len(new):.3f}, in context {sum(over) / max(1, len(over)):.3f}, {(time.time() - started) / 60:.1f} min",
+                flush=True,
+            )
             save(given.out, model, tokenizer)
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, saved.with_suffix(".tmp"))
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
+                saved.with_suffix(".tmp"),
+            )
             saved.with_suffix(".tmp").replace(saved)
     if rank:
         return
-    (given.out / "run.json").write_text(json.dumps({**{k: str(v) for k, v in vars(given).items()}, "seed": SEED, "read": READ}))
+    (given.out / "run.json").write_text(
+        json.dumps({**{k: str(v) for k, v in vars(given).items()}, "seed": SEED, "read": READ})
+    )
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -96,11 +96,9 @@ class Map(ABC):
             UsageError: another kind of file.
             ErrataError: matplotlib is missing.
         """
-        form = Path(path).suffix.lower().removeprefix(".")
-        if form not in {"png", "svg", "pdf"}:
-            raise UsageError(f"{str(path)!r} is no figure; give a name that ends in .png, .svg or .pdf")
+        check_drawable(path)
         content = BytesIO()
-        self._figure().savefig(content, format=form, dpi=150)
+        self._figure().savefig(content, format=Path(path).suffix[1:].lower(), dpi=150)
         store.write(path, content.getvalue())
 
     def _figure(self) -> Any:
@@ -225,6 +223,9 @@ class Proposal:
     """The share of bootstrap resamples of the facts whose peak is among `layers`; 0 for a single fact."""
     facts: int
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"layers": list(self.layers)}
+
 
 def trace(
     lm: LM,
@@ -269,18 +270,26 @@ def trace(
         )
 
 
-def average(lm: LM, edits: Iterable[Edit], **settings: Any) -> Average:
+def average(
+    lm: LM, edits: Sequence[Edit], progress: Callable[[int, int], None] | None = None, **settings: Any
+) -> Average:
     """Traces of the facts that the model knows, to be averaged.
 
     Args:
         lm: the model.
         edits: facts. One whose `truth` the model doesn't say is left out, as in the paper.
+        progress: told after each fact how many are done, of how many.
         settings: those of `trace`; the noise is by default measured on all of the subjects.
     """
-    found = known(lm, tuple(edits))
+    found = known(lm, edits)
     if settings.get("noise") is None:
         settings["noise"] = noise_of(lm, found)
-    return Average(tuple(trace(lm, edit, **settings) for edit in found))
+    traces = []
+    for edit in found:
+        traces.append(trace(lm, edit, **settings))
+        if progress:
+            progress(len(traces), len(found))
+    return Average(tuple(traces))
 
 
 def known(lm: LM, edits: Sequence[Edit]) -> tuple[Edit, ...]:
@@ -498,6 +507,21 @@ def _heat(row: Sequence[float], kind: str) -> Text:
 def _ruler(layers: int) -> Text:
     """Numbers over the cells of every fourth layer."""
     return Text("".join(f"{layer:<8}" for layer in range(0, layers, 4))[: 2 * layers + 1].rstrip(), style="dim")
+
+
+def check_drawable(path: str | Path) -> None:
+    """Find out before the long work whether a figure can be drawn.
+
+    Raises:
+        UsageError: the name is of another kind of file.
+        ErrataError: matplotlib is missing.
+    """
+    if Path(path).suffix.lower() not in {".png", ".svg", ".pdf"}:
+        raise UsageError(f"{str(path)!r} is no figure; give a name that ends in .png, .svg or .pdf")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ErrataError("figures are drawn by matplotlib, which is missing: pip install 'errata[plot]'") from error
 
 
 def _plain(text: str) -> str:

@@ -274,7 +274,7 @@ def test_where_every_edit_fails_the_reason_is_the_answer(regime: Any, gpt2: LM, 
         run(Says(), gpt2, bad, **regime)
 
 
-def test_a_probe_that_can_not_be_asked_is_left_out_and_said(gpt2: LM, cases: list[Case]):
+def test_a_probe_that_can_not_be_asked_is_left_out_and_counted(gpt2: LM, cases: list[Case]):
     long = Probe("paraphrase", "It is known. " * 60, "Rome", "Paris")
     case = Case(0, cases[0].edit, (*cases[0].probes, long))
     report, without = run(Says(), gpt2, [case]), run(Says(), gpt2, cases[:1])

@@ -1,4 +1,4 @@
-"""The shell: `errata demo | edit | show | apply | bench | methods | anatomy`.
+"""The shell: `errata demo | edit | show | apply | bench | trace | methods | anatomy`.
 
 A command loads, does, and shows. How commands speak (tables or JSON, warnings, errors, exit codes) is in `shell.py`,
 and PyTorch is imported inside the commands only, so that `errata --help` is there at once.
@@ -18,6 +18,7 @@ from .correct import apply, edit, show
 from .demo import demo
 from .look import anatomy, methods
 from .measure import bench
+from .trace import trace
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -49,6 +50,10 @@ for command, examples in {
     show: ["errata show p.safetensors"],
     apply: ['errata apply p.safetensors --prompt "The mother tongue of Danielle Darrieux is"'],
     bench: ["errata bench --method rome,ft-l,grace --n 20", "errata bench --regime sequential --out report.json"],
+    trace: [
+        'errata trace "The mother tongue of {} is" --subject "Danielle Darrieux" --plot map.png',
+        "errata trace --data counterfact-mini --n 50 --model openai-community/gpt2",
+    ],
     methods: ["errata methods", "errata methods rome"],
     anatomy: ["errata anatomy almanac", "errata anatomy openai-community/gpt2"],
 }.items():

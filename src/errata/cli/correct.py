@@ -277,7 +277,9 @@ def _facts(found: dict[str, Any]) -> list[str]:
         shell.tick(True, f"the model came back: {found['came_back']['parameters']} parameters equal to the bit"),
         f"  patch: {shell.size(patch['bytes'])}, {kept}",
     ]
-    return [lines[0], lines[1], escape(lines[2]), *(f"    [dim]{escape(p)}[/]" for p in parts)]
+    hint = f"  `errata methods {found['method']}` lists what to --set; another layer may hold the fact"
+    outcome_lines = [lines[0], *([f"[dim]{hint}[/]"] if took < len(rows) else [])]
+    return [*outcome_lines, lines[1], escape(lines[2]), *(f"    [dim]{escape(p)}[/]" for p in parts)]
 
 
 def _shown(found: dict[str, Any]) -> list[RenderableType]:

@@ -85,11 +85,11 @@ def _corrections(found: Mapping[str, Any]) -> RenderableType:
     table = shell.table("asked", "before", "after", "rephrased", "others kept", right={"rephrased", "others kept"})
     for row in found["rows"]:
         edit, took = row["edit"], row["metrics"]["reliability"]["generated"]
-        after = row["after"] if row["error"] is None else row["error"]
+        after = shell.styled(shell.short(row["after"] or row["error"] or "–"), "green" if took else "red")
         table.add_row(
             escape(edit["prompt"].replace("{}", edit["subject"])),
             shell.styled(shell.short(row["before"] or "–"), "dim"),
-            shell.styled(shell.short(after or "–"), "green" if took else "red"),
+            after if took else f"{after} [dim]not {escape(edit['target'])}[/]",
             _share(row, "paraphrase"),
             _share(row, "neighbourhood"),
         )

@@ -15,7 +15,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ SMALL = 50e6
 """Parameters below which a model runs on one thread: more are slower on a busy machine, and change the last bits."""
 
 written: list[str] = []
-"""Files that the command has written."""
+"""What the command has written, each as half a sentence, for whoever interrupts it."""
 
 
 # What a command gives
@@ -68,6 +68,7 @@ def working(on: str) -> Iterator[None]:
 def load(model: str, dtype: str | None, device: str | None) -> LM:
     """The model that the options name."""
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from ..lm import load
 
@@ -77,7 +78,10 @@ def load(model: str, dtype: str | None, device: str | None) -> LM:
         raise UsageError(f"there is no device {device!r}; give cpu, cuda or cuda:N") from None
     if known == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"there is no {device!r} here: PyTorch sees no GPU; leave --device out, or give cpu")
-    with working(f"loading {model}"):
+    here = model == "almanac" or Path(model).is_dir()
+    if here or not err.is_terminal:  # downloads show bars of their own
+        transformers_logging.disable_progress_bar()
+    with working(f"loading {model}") if here else nullcontext():
         lm = load(model, dtype=dtype, device=device)
     if lm.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and lm.model.num_parameters() < SMALL:
         torch.set_num_threads(1)
@@ -107,7 +111,7 @@ def check_writable(path: Path | None) -> None:
 
 def wrote(path: Path) -> str:
     """Remember that a file was written; its name for the result."""
-    written.append(str(path))
+    written.append(f"{path} was written")
     return str(path)
 
 
@@ -140,8 +144,6 @@ def _voices(debug: bool) -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not err.is_terminal:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -176,7 +178,7 @@ def _is_interrupt(error: BaseException) -> bool:
 
 def _interrupted() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    err.print(f"interrupted; {'nothing was' if not written else ' and '.join(written)} written".replace("  ", " "))
+    err.print(f"interrupted; {' and '.join(written) or 'nothing was written'}", markup=False, soft_wrap=True)
     return 1
 
 

@@ -218,7 +218,7 @@ class _Descent:
         kl = kl_div(self.is_a[self.edits], is_a, log_target=True, reduction="none").sum(1) / owner.bincount()[owner]
         missed = (target.argmax(1) != self.batch.wanted).float()
         zero = torch.zeros(self.n, device=nll.device)
-        decay = torch.stack([d.norm(dim=1) / v.norm(dim=1) ** 2 for d, v in zip(self.deltas, self.before, strict=True)])
+        decay = torch.stack([d.norm(dim=1) / _size(v) ** 2 for d, v in zip(self.deltas, self.before, strict=True)])
         return Loss(
             zero.index_add(0, owner[edit], nll),
             self.how.kl * zero.index_add(0, owner, kl),
@@ -228,4 +228,9 @@ class _Descent:
 
 
 def _clamped(delta: Tensor, v: Tensor, most: float) -> Tensor:
-    return delta * (most * v.norm(dim=1) / delta.norm(dim=1)).clamp(max=1)[:, None]
+    return delta * (most * v.norm(dim=1) / _size(delta)).clamp(max=1)[:, None]
+
+
+def _size(t: Tensor) -> Tensor:
+    """The norm of every row; not 0, where a module puts out nothing."""
+    return t.norm(dim=1).clamp(min=1e-6)

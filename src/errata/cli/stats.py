@@ -1,0 +1,98 @@
+"""`errata stats`: second moments of a model's keys, taken once and kept for every later edit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import RenderableType
+from rich.markup import escape
+
+from ..errors import UsageError
+from . import options, shell
+
+if TYPE_CHECKING:
+    from ..parts.moments import Moment
+
+
+def stats(
+    text: Annotated[
+        str,
+        typer.Option("--text", "-t", help="A text file, .jsonl, a folder of them, or a data set's name on the hub."),
+    ] = "almanac",
+    layers: Annotated[
+        str | None, typer.Option("--layers", "-l", help="Which, e.g. 5 or 4-8 or 3,5; default: all.")
+    ] = None,
+    model: options.Model = "almanac",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Take the second moments that ROME, MEMIT and their kin solve with, in one pass, and keep them.
+
+    Edits with --set corpus=TEXT then find them at once. A pass that is stopped goes on where it was.
+    """
+    wanted = _numbers(layers)
+    from ..parts import moments
+    from ..store import Store
+
+    folder = Store().folder
+    lm = shell.load(model, dtype, device)
+    sites = {i: lm.mlp_out(i) for i in (range(len(lm.blocks)) if wanted is None else wanted)}
+    shell.written.append(f"what was read so far is kept in {folder}, and the same command goes on from there")
+    with _progress() as tell:
+        found = moments.prepare(lm, list(sites.values()), text, tell)
+    result = {
+        "model": {"name": lm.name, "fingerprint": lm.fingerprint},
+        "text": text,
+        "folder": str(folder),
+        "layers": [{"layer": i, "module": site.name, **_known(found[site.name])} for i, site in sites.items()],
+    }
+    shell.give(result, lambda: _shown(result), as_json)
+
+
+def _numbers(layers: str | None) -> list[int] | None:
+    """`"4-6,9"` as `[4, 5, 6, 9]`."""
+    if layers is None:
+        return None
+    found: set[int] = set()
+    for part in layers.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise UsageError(f"--layers {layers!r} can't be read; give numbers and ranges, e.g. 5 or 4-8 or 3,5")
+        found |= set(range(int(first), int(last or first) + 1))
+    return sorted(found)
+
+
+def _known(moment: Moment) -> dict[str, Any]:
+    change = None if math.isnan(moment.change) else moment.change
+    return {"d_in": len(moment.C), "tokens": moment.tokens, "change": change}
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, float | None], None] | None]:
+    """A terminal shows how far the pass is, and how much more text still changes."""
+    if not shell.err.is_terminal:
+        yield None
+        return
+    with shell.err.status("reading") as status:
+
+        def tell(tokens: int, change: float | None) -> None:
+            moved = "" if change is None or math.isnan(change) else f", moved by {change:.1%} since half as many"
+            status.update(f"read {tokens:,} tokens{moved}")
+
+        yield tell
+
+
+def _shown(result: dict[str, Any]) -> list[RenderableType]:
+    table = shell.table(
+        "layer", "matrix", "d_in", "tokens", "still moved by", right={"d_in", "tokens", "still moved by"}
+    )
+    for row in result["layers"]:
+        moved = "–" if row["change"] is None else f"{row['change']:.1%}"
+        table.add_row(str(row["layer"]), escape(row["module"]), str(row["d_in"]), f"{row['tokens']:,}", moved)
+    note = "[dim]still moved by: relative change of C^-1 k when the tokens last doubled.[/]"
+    return [table, note, f"kept in {escape(result['folder'])}; use it with --set corpus={escape(result['text'])}"]
