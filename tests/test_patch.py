@@ -367,7 +367,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path):
     path.write_bytes(pickle.dumps(Trap()))
     with pytest.raises(ErrataError, match="no safetensors file"):
         Patch.load(path)
-    torch.save({"x": Trap()}, path)  # noqa: TID251 - the trap itself
+    torch.save({"x": Trap()}, path)
     with pytest.raises(ErrataError, match="no safetensors file"):
         Patch.load(path)
     assert not (tmp_path / "sprung").exists()

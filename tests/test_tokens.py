@@ -10,7 +10,7 @@ import torch
 import transformers as T
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 
 from errata import Edit, ErrataError, UsageError
 from errata.tokens import Passage, Tokens, encode, follow, pad_left, passage, prefix

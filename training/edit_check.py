@@ -50,7 +50,7 @@ def hooked(module, hook):
 
 def moment(model, tokenizer, texts: Sequence[str], layers: Sequence[int]) -> dict[int, torch.Tensor]:
     """E[k k^T] of what down_proj reads, over all tokens of the texts but BOS and padding."""
-    sums = {n: 0.0 for n in layers}
+    sums = dict.fromkeys(layers, 0.0)
     count, keep = 0, None
 
     def reader(n):
@@ -79,7 +79,7 @@ def rome(
 ):
     """The rank-one changes: (directions (n, d), keys' duals u (n, k), relative norms (n,), last losses (n,))."""
     per, n = len(prefixes) + 2, len(trials)  # rows an edit: bare, after each prefix, the essence
-    rows, places, targets, spans = [], [], [], []
+    rows, places, spans = [], [], []
     for t in trials:
         for lead in ["", *prefixes]:
             asked = lead + t.prompt
