@@ -1,4 +1,4 @@
-"""The shell: `errata demo | edit | show | apply | bench | trace | methods | anatomy`.
+"""The shell: `errata demo | edit | show | apply | bench | trace | stats | methods | anatomy`.
 
 A command loads, does, and shows. How commands speak (tables or JSON, warnings, errors, exit codes) is in `shell.py`,
 and PyTorch is imported inside the commands only, so that `errata --help` is there at once.
@@ -18,6 +18,7 @@ from .correct import apply, edit, show
 from .demo import demo
 from .look import anatomy, methods
 from .measure import bench
+from .stats import stats
 from .trace import trace
 
 app = typer.Typer(
@@ -54,6 +55,7 @@ for command, examples in {
         'errata trace "The mother tongue of {} is" --subject "Danielle Darrieux" --plot map.png',
         "errata trace --data counterfact-mini --n 50 --model openai-community/gpt2",
     ],
+    stats: ["errata stats --model ./my-model --text corpus.txt --layers 4-8"],
     methods: ["errata methods", "errata methods rome"],
     anatomy: ["errata anatomy almanac", "errata anatomy openai-community/gpt2"],
 }.items():
