@@ -99,6 +99,7 @@ def _anatomy(lm: LM) -> dict[str, Any]:
         "dtype": str(lm.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in lm.model.parameters()),
         "blocks": len(lm.blocks),
+        "block_names": list(lm.blocks),
         "d_model": lm.d_model,
         "context": lm.context,
         "vocabulary": len(lm.tokenizer),
@@ -148,13 +149,13 @@ def _parts(found: dict[str, Any]) -> list[RenderableType]:
     about = shell.grid(
         ("model", f"{found['name']}, {found['class']}, {found['parameters']:,} parameters in {found['dtype']}"),
         ("fingerprint", found["fingerprint"]),
-        ("blocks", f"{found['blocks']}, with a residual stream {found['d_model']} wide"),
+        ("blocks", f"{found['block_names'][0]} to {found['block_names'][-1]}, {found['d_model']} wide"),
         ("context", f"{found['context']} tokens" if found["context"] else "not bounded by its config"),
         ("vocabulary", f"{found['vocabulary']} tokens, head {head} the embeddings"),
         ("a text starts", f"with {' '.join(found['starts_with'])}" if found["starts_with"] else "with its first token"),
         ("settings", preset),
     )
-    table = shell.table("layers", "MLP writes by", "shape", "attention writes by", "shape")
+    table = shell.table("layers", "MLP writes by", "d_out x d_in", "attention writes by", "d_out x d_in")
     for layers, mlp, attention in _runs(found["layers"]):
         table.add_row(layers, *_cells(mlp), *_cells(attention))
     if "problem" not in found:
@@ -166,7 +167,7 @@ def _runs(layers: Sequence[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
     """Neighbouring layers that look the same as one row."""
 
     def look(layer: dict[str, Any]) -> tuple[Any, Any]:
-        return _without_number(layer["mlp"], layer["layer"]), _without_number(layer["attention"], layer["layer"])
+        return _inside(layer["mlp"], layer["layer"]), _without_number(layer["attention"], layer["layer"])
 
     out = []
     for (mlp, attention), group in groupby(layers, look):
@@ -176,8 +177,8 @@ def _runs(layers: Sequence[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
     return out
 
 
-def _without_number(site: dict[str, Any] | None, layer: int) -> tuple[str, tuple[int, ...]] | None:
-    return (site["name"].replace(f".{layer}.", ".{}.", 1), tuple(site["shape"])) if site else None
+def _inside(site: dict[str, Any] | None, layer: int) -> tuple[str, tuple[int, ...]] | None:
+    return (site["name"].partition(f".{layer}.")[2], tuple(site["shape"])) if site else None
 
 
 def _cells(site: tuple[str, tuple[int, ...]] | None) -> tuple[str, str]:
