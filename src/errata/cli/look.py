@@ -167,7 +167,7 @@ def _runs(layers: Sequence[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
     """Neighbouring layers that look the same as one row."""
 
     def look(layer: dict[str, Any]) -> tuple[Any, Any]:
-        return _inside(layer["mlp"], layer["layer"]), _without_number(layer["attention"], layer["layer"])
+        return _inside(layer["mlp"], layer["layer"]), _inside(layer["attention"], layer["layer"])
 
     out = []
     for (mlp, attention), group in groupby(layers, look):
