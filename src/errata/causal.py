@@ -116,10 +116,10 @@ class Map(ABC):
             shown = axes.imshow(effects.numpy(), cmap=_COLOURS[kind][0], vmin=0, vmax=self.scale, aspect="auto")
             axes.set_title(kind)
             axes.set_xlabel("layer")
-            axes.set_yticks(
-                range(rows), [_plain(label) for label in self.labels] if axes.get_subplotspec().is_first_col() else []
-            )
-            figure.colorbar(shown, ax=axes)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_yticks(range(rows), [_plain(label) for label in self.labels])
+            axes.label_outer()
+            figure.colorbar(shown, ax=axes, label="p(answer) gained")
         figure.suptitle(_plain(self.heading), fontsize="medium")
         return figure
 
