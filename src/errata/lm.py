@@ -8,8 +8,7 @@ every dense decoder family of transformers 5 that was tried; where it doesn't, t
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
@@ -227,18 +227,25 @@ class LM:
                 f"{length} tokens of prompt and {max_new_tokens} new ones don't fit the model's {self.context}; "
                 "shorten the prompt or ask for fewer tokens"
             )
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.model.generation_config.eos_token_id,
-            pad_token_id=tokens.padding(self.tokenizer),
-        )
         with self.frozen(), torch.no_grad():
-            out = self.model.generate(**inputs, generation_config=settings)
+            out = self.continued(inputs, do_sample=False, max_new_tokens=max_new_tokens)
         texts = self.tokenizer.batch_decode(
             out[:, length:], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return texts[0] if isinstance(prompt, str) else texts
+
+    def continued(self, inputs: Mapping[str, Tensor], **settings: Any) -> Tensor:
+        """Token ids (batch, seq + new) of left-padded inputs and what follows, by these settings of generation alone.
+
+        What a model ships as its own (a repetition penalty, a temperature) would otherwise fill in the others.
+        """
+        own = self.model.generation_config
+        ends = {"eos_token_id": own.eos_token_id, "pad_token_id": tokens.padding(self.tokenizer)}
+        self.model.generation_config = GenerationConfig()
+        try:
+            return self.model.generate(**inputs, generation_config=GenerationConfig(**ends, **settings))
+        finally:
+            self.model.generation_config = own
 
     @contextmanager
     def frozen(self) -> Iterator[LM]:
@@ -284,7 +291,7 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ErrataError(f"the model {str(name)!r} can't be loaded: {_first_sentence(error)}") from error
     finally:
         if bars:
@@ -304,4 +311,4 @@ def _in_attention(name: str) -> bool:
 
 
 def _first_sentence(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -7,6 +7,7 @@ point of the group `errata.methods` at the class. The shell, the benchmark and t
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from .edit import Edit
 from .errors import ErrataError, UsageError, unknown
 from .lm import LM
 from .patch import Patch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,4 +166,7 @@ def method(name: str) -> type[Method]:
 def _discover() -> None:
     import_module(".methods", __package__)
     for entry in metadata.entry_points(group="errata.methods"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # another package's, which must not take the others with it
+            log.warning("the method %s (%s) can't be loaded: %s", entry.name, entry.value, error)

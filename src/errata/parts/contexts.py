@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig
 
 from ..lm import LM
-from ..tokens import pad_left, padding
+from ..tokens import pad_left
 
 OPENERS = ("The", "Therefore", "Because", "I", "You")
 
@@ -28,11 +27,8 @@ def sample(lm: LM, lengths: Sequence[tuple[int, int]], seed: int) -> tuple[str, 
 def _continue(lm: LM, length: int, count: int, seed: int) -> list[str]:
     openers = [OPENERS[i % len(OPENERS)] for i in range(count)]
     inputs = pad_left(lm.tokenizer, openers, lm.device)
-    settings = GenerationConfig(
-        do_sample=True, top_k=5, max_new_tokens=length, min_new_tokens=length, pad_token_id=padding(lm.tokenizer)
-    )
     torch.manual_seed(seed)
     with torch.no_grad():
-        out = lm.model.generate(**inputs, generation_config=settings)
+        out = lm.continued(inputs, do_sample=True, top_k=5, max_new_tokens=length, min_new_tokens=length)
     texts = lm.tokenizer.batch_decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [" ".join(text.replace("{", " ").replace("}", " ").split()) for text in texts]
