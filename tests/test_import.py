@@ -16,17 +16,16 @@ import errata
 loaded = [m for m in ("torch", "transformers", "safetensors", "numpy") if m in sys.modules]
 light = state() == before
 import torch
-seed, threads, kind, grad = torch.initial_seed(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
-draws = torch.get_rng_state()
+def settings():
+    return torch.initial_seed(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+kept, draws = settings(), torch.get_rng_state()
 import transformers
 after_transformers = [*state()[2:4], transformers.logging.get_verbosity()]
 errata.methods(), errata.load, errata.Patch
 print(json.dumps({
     "loaded": loaded,
     "light": light,
-    "torch": torch.equal(torch.get_rng_state(), draws)
-        and (seed, threads, kind, grad)
-        == (torch.initial_seed(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()),
+    "torch": torch.equal(torch.get_rng_state(), draws) and settings() == kept,
     "logging": [*state()[2:4], transformers.logging.get_verbosity()] == after_transformers,
     "cuda": "CUDA_LAUNCH_BLOCKING" in os.environ,
     "all": [n for n in errata.__all__ if not hasattr(errata, n)],

@@ -46,7 +46,9 @@ class Noise(Method):
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         site = lm.site(1)
-        left = torch.randn(site.shape[0], 1) if self.what == "noise" else torch.full((site.shape[0], 1), float(self.what))
+        left = (
+            torch.randn(site.shape[0], 1) if self.what == "noise" else torch.full((site.shape[0], 1), float(self.what))
+        )
         return Patch({site.name: (LowRank(torch.zeros(1, dtype=torch.long), left, torch.ones(1, site.shape[1])),)})
 
 
@@ -80,7 +82,9 @@ def test_an_unknown_setting_is_answered_with_the_nearest(lm: LM):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_method_of_another_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool, caplog: Any):
+def test_a_method_of_another_package_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool, caplog: Any
+):
     info = tmp_path / "theirs-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")

@@ -15,7 +15,10 @@ TEXTS = ("The capital of Peru is Lima", "Yes", "Today we learn. People in New Ze
 def test_what_is_read_in_a_padded_batch_is_what_is_read_alone(architecture: str):
     """Pitfalls 2 and 3: in a padded batch of 7, every row reads its own token."""
     lm = tiny.lm(architecture)
-    edits = [*tiny.EDITS, *(tiny.Edit(t + " {} is", s, "Lima") for t in ("Yes.", "It is known.") for s in ("Peru", "Sri Lanka"))]
+    edits = [
+        *tiny.EDITS,
+        *(tiny.Edit(t + " {} is", s, "Lima") for t in ("Yes.", "It is known.") for s in ("Peru", "Sri Lanka")),
+    ]
     names = [lm.blocks[1], lm.mlp_out(1).name, lm.mlp_out(2).name]
     together = lm.encode([passage(e) for e in edits])
     found = read(lm, names, together, torch.arange(7), together.subject)

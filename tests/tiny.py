@@ -118,7 +118,7 @@ def _built(architecture: str, steps: int, seed: int) -> Any:
     tokenizer, config = ARCHITECTURES[architecture]()
     config.vocab_size, config.initializer_range = len(tokenizer), 0.06
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, tokenizer.bos_token_id, tokenizer.eos_token_id
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         model = T.AutoModelForCausalLM.from_config(config).eval()  # eval: no dropout, also while it learns
         model.config._name_or_path = f"tiny-{architecture}"
