@@ -1,0 +1,76 @@
+"""What every kind of change promises: it can be undone, knows which edits it serves, and how a later one joins."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from ..errors import ErrataError
+from ..lm import Site
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Change(ABC):
+    """One reversible change at one module. A subclass's fields are all tensors."""
+
+    kinds: ClassVar[dict[str, type[Change]]] = {}
+    kind: ClassVar[str]
+
+    owners: Tensor
+    """(n,) int64: numbers, within the patch, of the edits that this change serves, one per part it is made of."""
+
+    def __init_subclass__(cls, kind: str) -> None:
+        super().__init_subclass__()
+        cls.kind = kind
+        Change.kinds[kind] = cls
+
+    @abstractmethod
+    def attach(self, site: Site) -> Undo:
+        """Put the change in place; what is returned takes it away again, to the bit."""
+
+    @abstractmethod
+    def fits(self, site: Site) -> bool:
+        """Whether the shapes are those of the site."""
+
+    def join(self, later: Change) -> tuple[Change, ...]:
+        """What this change followed by a later one at the same module comes to."""
+        return self, later
+
+    def scaled(self, by: float) -> Self:
+        """The change at another strength."""
+        raise ErrataError(f"a {self.kind} change answers or it doesn't; only weight changes can be scaled")
+
+    @abstractmethod
+    def without(self, edit: int) -> Self | None:
+        """The change with one edit taken out; None if nothing is left."""
+
+    def renumbered(self, number: Callable[[Tensor], Tensor]) -> Self:
+        """The change with its edits numbered anew."""
+        return replace(self, owners=number(self.owners))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be saved; `type(change)(**tensors)` is the change again."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def finite(self) -> bool:
+        """Whether every number is one."""
+        return all(bool(t.isfinite().all()) for t in self.tensors().values())
+
+
+def joined(changes: Iterable[Change]) -> tuple[Change, ...]:
+    """Changes at one module in order, neighbours merged where their kind knows how."""
+    out: tuple[Change, ...] = ()
+    for change in changes:
+        out = (*out[:-1], *out[-1].join(change)) if out else (change,)
+    return out
+
+
+def kind_of(name: str) -> Any:
+    """The class of a kind of change; None if there is none of that name."""
+    return Change.kinds.get(name)

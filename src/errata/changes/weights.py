@@ -1,0 +1,123 @@
+"""Changes of a weight: `LowRank`, which can also be put beside it, one for each row of a batch, and `Dense`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ErrataError
+from ..lm import Site
+from .change import Change, Undo
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Change, kind="low-rank"):
+    """W <- W + left @ right. One column of `left` and one row of `right` for each of `owners`."""
+
+    left: Tensor
+    """(d_out, rank)."""
+    right: Tensor
+    """(rank, d_in)."""
+
+    @property
+    def delta(self) -> Tensor:
+        """(d_out, d_in)."""
+        return self.left @ self.right
+
+    def attach(self, site: Site) -> Undo:
+        if site.writable:
+            return _add(site, lambda weight: self.left.to(weight.device) @ self.right.to(weight.device))
+        return attach_rows(site, [self])
+
+    def fits(self, site: Site) -> bool:
+        return (self.left.shape[0], self.right.shape[1]) == site.shape
+
+    def join(self, later: Change) -> tuple[Change, ...]:
+        if not isinstance(later, LowRank):
+            return self, later
+        return (
+            LowRank(
+                torch.cat([self.owners, later.owners]),
+                torch.cat([self.left, later.left], 1),
+                torch.cat([self.right, later.right]),
+            ),
+        )
+
+    def scaled(self, by: float) -> LowRank:
+        return replace(self, left=self.left * by)
+
+    def without(self, edit: int) -> LowRank | None:
+        keep = self.owners != edit
+        return LowRank(self.owners[keep], self.left[:, keep], self.right[keep]) if keep.any() else None
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Change, kind="dense"):
+    """W <- W + delta."""
+
+    delta: Tensor
+    """(d_out, d_in)."""
+
+    def attach(self, site: Site) -> Undo:
+        if not site.writable:
+            raise ErrataError(f"{site.name} is quantised; only low-rank changes can be put beside it")
+        return _add(site, lambda weight: self.delta.to(weight.device))
+
+    def fits(self, site: Site) -> bool:
+        return tuple(self.delta.shape) == site.shape
+
+    def join(self, later: Change) -> tuple[Change, ...]:
+        if not isinstance(later, Dense):
+            return self, later
+        return (Dense(torch.cat([self.owners, later.owners]), self.delta + later.delta),)
+
+    def scaled(self, by: float) -> Dense:
+        return replace(self, delta=self.delta * by)
+
+    def without(self, edit: int) -> Dense | None:
+        if (self.owners == edit).all():
+            return None
+        if (self.owners != edit).all():
+            return self
+        raise ErrataError("a dense change is one matrix for all of its edits; one can't be taken out of it")
+
+
+def attach_rows(site: Site, rows: Sequence[LowRank | None]) -> Undo:
+    """Put low-rank changes beside a module, one for each row of the batch: output_i += left_i (right_i input_i).
+
+    So n differently edited models answer in one pass. A single change is used for every row.
+    """
+    weight = site.module.get_parameter("weight")
+    rank = max((len(c.owners) for c in rows if c), default=0)
+    left, right = (torch.zeros(len(rows), *shape, device=weight.device) for shape in _factors(site.shape, rank))
+    for i, change in enumerate(rows):
+        if change:
+            left[i, :, : len(change.owners)] = change.left
+            right[i, : len(change.owners)] = change.right
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs = args[0].float().reshape(len(rows), -1, args[0].shape[-1])
+        added = inputs @ right.mT @ left.mT
+        return output + added.view(output.shape).to(output.dtype)
+
+    return site.module.register_forward_hook(hook).remove
+
+
+def _factors(shape: tuple[int, int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (shape[0], rank), (rank, shape[1])
+
+
+@torch.no_grad()
+def _add(site: Site, delta: Callable[[Tensor], Tensor]) -> Undo:
+    """Add to a weight, rounding once; undo copies the kept weight back, because subtracting would lose bits."""
+    kept = site.weight.detach().clone()
+
+    def undo() -> None:
+        with torch.no_grad():
+            site.weight.copy_(kept)
+
+    site.weight.copy_(site.weight.float() + delta(site.weight))
+    return undo
