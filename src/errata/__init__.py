@@ -20,7 +20,7 @@ from .edit import Edit
 from .errors import ErrataError, UsageError
 
 if TYPE_CHECKING:
-    from . import bench, causal, data
+    from . import bench, causal, data, export
     from .data import Case, Probe
     from .lm import LM, Site, load
     from .method import Method, methods, sequential
@@ -45,6 +45,7 @@ _WHERE = {
     "data": "",
     "bench": "",
     "causal": "",
+    "export": "",
 }
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "bench",
     "causal",
     "data",
+    "export",
     "load",
     "methods",
     "sequential",

@@ -1,4 +1,4 @@
-"""The shell: `errata demo | edit | show | apply | bench | trace | stats | methods | anatomy`.
+"""The shell: `errata demo | edit | show | apply | export | bench | trace | stats | methods | anatomy`.
 
 A command loads, does, and shows. How commands speak (tables or JSON, warnings, errors, exit codes) is in `shell.py`,
 and PyTorch is imported inside the commands only, so that `errata --help` is there at once.
@@ -16,6 +16,7 @@ from .. import __version__
 from . import shell
 from .correct import apply, edit, show
 from .demo import demo
+from .export import export
 from .look import anatomy, methods
 from .measure import bench
 from .stats import stats
@@ -50,6 +51,10 @@ for command, examples in {
     ],
     show: ["errata show p.safetensors"],
     apply: ['errata apply p.safetensors --prompt "The mother tongue of Danielle Darrieux is"'],
+    export: [
+        "errata export p.safetensors adapter --to peft",
+        "errata export p.safetensors corrected --to checkpoint --model ./my-model",
+    ],
     bench: ["errata bench --method rome,ft-l,grace --n 20", "errata bench --regime sequential --out report.json"],
     trace: [
         'errata trace "The mother tongue of {} is" --subject "Danielle Darrieux" --plot map.png',
