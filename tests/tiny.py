@@ -166,6 +166,8 @@ def small_settings(method: type[Method], lm: LM, corpus_file: str) -> Method:
     small: dict[str, Any] = {"corpus": corpus_file, "lengths": ((3, 2),), "steps": 20}
     if issubclass(method, TargetSearch):  # facts are read off early in so small a model, and its values are short
         small |= {"layer": 0, "layers": (0, 1), "clamp": 20.0, "kl": 0.0}
+    if method.name == "ultraedit":
+        small |= {"at": (0, 1), "rate": 1e-3}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return method.preset(lm, **{f.name: small[f.name] for f in fields(method) if f.name in small})

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .data import Case, Probe
     from .lm import LM, Site, load
     from .method import Method, methods, sequential
-    from .methods import EMMET, FT, FTL, FTM, GRACE, KN, MEMIT, PMET, ROME, RROME, AlphaEdit
+    from .methods import EMMET, FT, FTL, FTM, GRACE, KN, MEMIT, PMET, ROME, RROME, AlphaEdit, UltraEdit
     from .patch import Patch
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ _WHERE = {
     "methods": "method",
     "sequential": "method",
     **dict.fromkeys(("ROME", "RROME", "MEMIT", "EMMET", "PMET", "AlphaEdit", "KN"), "methods"),
-    **dict.fromkeys(("FT", "FTL", "FTM", "GRACE"), "methods"),
+    **dict.fromkeys(("FT", "FTL", "FTM", "GRACE", "UltraEdit"), "methods"),
     "Case": "data",
     "Probe": "data",
     "data": "",
@@ -68,6 +68,7 @@ __all__ = [
     "Patch",
     "Probe",
     "Site",
+    "UltraEdit",
     "UsageError",
     "bench",
     "causal",

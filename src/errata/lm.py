@@ -161,6 +161,14 @@ class LM:
             )
         return outside[0]
 
+    def mlp(self, layer: int) -> list[Site]:
+        """All matrices of a block outside its attention: those of its MLP."""
+        self.mlp_out(layer)  # an MLP of fused experts has no matrices to speak of
+        block = self.blocks[layer]
+        named = self.module(block).named_modules()
+        found = [Site(f"{block}.{n}", m) for n, m in named if isinstance(m, nn.Linear | Conv1D)]
+        return [site for site in found if not _in_attention(site.name)]
+
     def attention_out(self, layer: int) -> Site | None:
         """The matrix by which a block's attention writes to the residual stream, where there is exactly one."""
         found = [s for s in self._writers(self.blocks[layer]) if _in_attention(s.name)]

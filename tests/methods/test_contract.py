@@ -70,7 +70,7 @@ def test_1_the_model_comes_back_after_an_exception_within_an_edit(made: Made):
     calls = iter(range(10**9))
 
     def bomb(*_: Any) -> None:
-        if next(calls) > 6:
+        if next(calls) > 2:  # a method may need no more than one pass
             raise Boom
 
     handles = [made.lm.module(n).register_forward_pre_hook(bomb) for n in made.lm.blocks]

@@ -14,8 +14,9 @@ from .memit import MEMIT
 from .pmet import PMET
 from .r_rome import RROME
 from .rome import ROME
+from .ultraedit import UltraEdit
 
-__all__ = ["EMMET", "FT", "FTL", "FTM", "GRACE", "KN", "MEMIT", "PMET", "ROME", "RROME", "AlphaEdit"]
+__all__ = ["EMMET", "FT", "FTL", "FTM", "GRACE", "KN", "MEMIT", "PMET", "ROME", "RROME", "AlphaEdit", "UltraEdit"]
 
 
 class _Registry(ModuleType):

@@ -1,0 +1,78 @@
+"""Networks that turn the taps of an edit into an update, and the normaliser that they and UltraEdit see through."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class Normaliser(nn.Module):
+    """Mean and deviation of every entry, over all rows ever shown to it (Welford)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.n: Tensor
+        self.mean: Tensor
+        self.squares: Tensor
+        self.register_buffer("n", torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("squares", torch.zeros(size))  # the sum of squared distances from the mean
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take rows (m, size) into account; exact for any m, one row too."""
+        n = self.n + len(x)
+        away = x.mean(0) - self.mean
+        self.squares += (x - x.mean(0)).pow(2).sum(0) + away.pow(2) * self.n * len(x) / n
+        self.mean += away * len(x) / n
+        self.n.copy_(n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        std = (self.squares / (self.n - 1).clamp(min=1)).sqrt()
+        return (x - self.mean) / (std + torch.finfo(x.dtype).eps)
+
+
+class Layer(nn.Module):
+    """A low-rank layer around the identity, shared by matrices of a shape, each with a scale and an offset of its own.
+
+    With `first="scale"`: y + relu(scale (U V y + bias) + offset), MEND's; with `first="relu"`:
+    y + scale relu(U V y + bias) + offset, MALMEN's. It begins as the identity.
+    """
+
+    def __init__(self, size: int, rank: int, matrices: int, first: Literal["scale", "relu"]) -> None:
+        super().__init__()
+        self.first = first
+        self.V = nn.Parameter(torch.randn(rank, size))
+        self.U = nn.Parameter(torch.zeros(size, rank))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.scale = nn.Parameter(torch.ones(matrices, size))
+        self.offset = nn.Parameter(torch.zeros(matrices, size))
+
+    def forward(self, y: Tensor, matrix: int) -> Tensor:
+        x = y @ self.V.T @ self.U.T + self.bias
+        if self.first == "scale":
+            return y + (self.scale[matrix] * x + self.offset[matrix]).clamp(min=0)
+        return y + self.scale[matrix] * x.clamp(min=0) + self.offset[matrix]
+
+
+class TapNet(nn.Module):
+    """What a token showed at a matrix, (k, g), turned into pseudo-(k, g): one network for all matrices of a shape."""
+
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, depth: int, matrices: int, rate: float, first: Literal["scale", "relu"]
+    ) -> None:
+        super().__init__()
+        self.sizes = d_in, d_out
+        self.normal = Normaliser(d_in + d_out)
+        self.layers = nn.ModuleList(Layer(d_in + d_out, rank, matrices, first) for _ in range(depth))
+        self.log_rate = nn.Parameter(torch.full((matrices,), rate).log())
+
+    def forward(self, K: Tensor, G: Tensor, matrix: int) -> tuple[Tensor, Tensor]:
+        """(m, d_in) and (m, d_out) in and out; `matrix` is its number among those of the shape."""
+        y = self.normal(torch.cat([K, G], 1))
+        for layer in self.layers:
+            y = layer(y, matrix)
+        k, g = y.split(self.sizes, 1)
+        return k, g

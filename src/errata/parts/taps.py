@@ -1,0 +1,119 @@
+"""Taps: what goes into chosen matrices, token by token, and how the loss of an edit pulls at what comes out of them.
+
+The gradient of a matrix is the sum over tokens of g k^T, k its input and g the gradient at its output. Editor networks
+(MEND, MALMEN, KE) and UltraEdit work on these pairs, which are small, and never on the gradient, which is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..changes import Dense, LowRank
+from ..edit import Edit
+from ..lm import LM, Site
+from ..tokens import Tokens, passage
+from ..trace import hidden
+
+TOKENS = 16_384
+"""Tokens in one pass, padding included. Changes the memory, not the result."""
+
+Which = Literal["all", "target"]
+"""Tokens that are tapped: all that are read before the target ends, or those that the target's tokens are read off."""
+
+
+@dataclass(frozen=True, eq=False)
+class Taps:
+    """What a batch of edits showed at the matrices, a row for every tapped token."""
+
+    owner: Tensor
+    """(m,) int64: the edit that the token belongs to."""
+    place: Tensor
+    """(m,) int64: where it stands in its edit's text."""
+    K: dict[str, Tensor]
+    """Inputs by matrix, (m, d_in) float32."""
+    G: dict[str, Tensor]
+    """Gradients at the outputs by matrix, (m, d_out) float32, of each edit's own loss: no edit weakens another."""
+
+    def of(self, edit: int) -> Taps:
+        """One edit's."""
+        own = self.owner == edit
+        parts = ({n: t[own] for n, t in side.items()} for side in (self.K, self.G))
+        return Taps(torch.zeros_like(self.owner[own]), self.place[own], *parts)
+
+
+def places(lm: LM, at: Sequence[int | str]) -> list[Site]:
+    """The matrices that settings name: a module by its full name; a layer's number stands for all of its MLP's."""
+    return [site for one in at for site in (lm.mlp(one) if isinstance(one, int) else [lm.site(one)])]
+
+
+def tap(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> Taps:
+    """Tap a batch of edits, in as many passes as its tokens need."""
+    found = list(in_passes(lm, sites, edits, which))
+    joined = ({n: torch.cat([getattr(t, side)[n] for t in found]) for n in found[0].K} for side in ("K", "G"))
+    return Taps(torch.cat([t.owner for t in found]), torch.cat([t.place for t in found]), *joined)
+
+
+def in_passes(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> Iterator[Taps]:
+    """The same pass by pass, so that the memory of one batch does for any number of edits; `owner` counts them all."""
+    tokens = lm.encode([passage(e, answer=e.target) for e in edits])
+    rows = max(1, TOKENS // tokens.ids.shape[1])
+    for start in range(0, len(tokens), rows):
+        yield _tapped(lm, sites, tokens[slice(start, start + rows)], which, start)
+
+
+def _tapped(lm: LM, sites: Sequence[Site], tokens: Tokens, which: Which, start: int) -> Taps:
+    inputs: dict[str, Tensor] = {}
+    nudges: dict[str, Tensor] = {}
+
+    def nudged(name: str) -> Any:
+        def hook(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            inputs[name] = hidden(args[0], len(tokens)).detach()
+            nudges[name] = torch.zeros_like(output, requires_grad=True)  # its gradient is the output's
+            return output + nudges[name]
+
+        return hook
+
+    with ExitStack() as stack, torch.enable_grad():
+        for site in sites:
+            stack.callback(site.module.register_forward_hook(nudged(site.name)).remove)
+        loss = nll(lm.logits(*tokens.reads, **tokens.inputs), tokens).sum()
+        found = torch.autograd.grad(loss, [nudges[s.name] for s in sites])
+    owner, place = _chosen(tokens, which).nonzero(as_tuple=True)
+    G = {s.name: hidden(g, len(tokens))[owner, place].float() for s, g in zip(sites, found, strict=True)}
+    return Taps(owner + start, place, {s.name: inputs[s.name][owner, place].float() for s in sites}, G)
+
+
+def nll(logits: Tensor, tokens: Tokens) -> Tensor:
+    """The mean negative log-probability of each row's target, (rows,), from the logits where it is read."""
+    rows, _ = tokens.reads
+    lost = cross_entropy(logits, tokens.wanted, reduction="none") / tokens.target.sum(1)[rows]
+    return lost.new_zeros(len(tokens)).index_add(0, rows, lost)
+
+
+def _chosen(tokens: Tokens, which: Which) -> Tensor:
+    chosen = torch.zeros_like(tokens.target)
+    if which == "target":
+        chosen[tokens.reads] = True
+        return chosen
+    return torch.arange(tokens.ids.shape[1], device=tokens.ids.device) < tokens.last[:, None]
+
+
+def change(owners: Tensor, left: Tensor, right: Tensor) -> LowRank | Dense:
+    """The product left^T right as the smaller of a low-rank and a dense change.
+
+    Args:
+        owners: (m,).
+        left: (m, d_out): a row for each token.
+        right: (m, d_in).
+    """
+    (m, d_out), d_in = left.shape, right.shape[1]
+    if m * (d_out + d_in) <= d_out * d_in:
+        return LowRank(owners.cpu(), left.T.float().contiguous().cpu(), right.float().contiguous().cpu())
+    return Dense(owners.unique().cpu(), (left.T @ right).float().cpu())
