@@ -15,7 +15,7 @@ import torch
 import transformers as T
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from errata import LM, Edit, Method
+from errata import LM, Edit, Method, tokens
 from errata.parts.target import TargetSearch
 
 T.logging.set_verbosity_error()
@@ -205,7 +205,11 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def probability(lm: LM, edit: Edit) -> float:
-    """The geometric mean of p(token) over the target's tokens, by a plain forward pass over joined text."""
+    """The geometric mean of p(token) over the target's tokens, by a plain forward pass over joined text; through the LM
+    where a patch changes what is asked or who answers."""
+    if lm.readers:
+        batch = lm.encode([tokens.passage(edit, answer=edit.target)])
+        return lm.said(batch).log_softmax(-1).gather(1, batch.wanted[:, None]).mean().exp().item()
     head = lm.tokenizer(edit.text, add_special_tokens=True)["input_ids"]
     ids = lm.tokenizer(f"{edit.text} {edit.target}", add_special_tokens=True)["input_ids"]
     logits = lm.model(torch.tensor([ids], device=lm.device)).logits[0].float()
@@ -215,6 +219,11 @@ def probability(lm: LM, edit: Edit) -> float:
 
 @torch.no_grad()
 def logits(lm: LM, *texts: str) -> torch.Tensor:
-    """What the model says after each text, by a plain forward pass; (texts, vocabulary)."""
+    """What the model says after each text, by a plain forward pass (or through the LM, as in `probability`);
+    (texts, vocabulary)."""
+    if lm.readers:
+        batch = lm.encode([tokens.follow(t, "Paris") for t in texts])
+        first = batch.target.sum(1).cumsum(0) - batch.target.sum(1)
+        return lm.said(batch)[first].to(lm.dtype)
     out = [lm.model(torch.tensor([lm.tokenizer(t)["input_ids"]], device=lm.device)).logits[0, -1] for t in texts]
     return torch.stack(out)

@@ -24,7 +24,23 @@ if TYPE_CHECKING:
     from .data import Case, Probe
     from .lm import LM, Site, load
     from .method import Method, methods, sequential
-    from .methods import EMMET, FT, FTL, FTM, GRACE, KN, MEMIT, PMET, ROME, RROME, AlphaEdit, UltraEdit
+    from .methods import (
+        EMMET,
+        FT,
+        FTL,
+        FTM,
+        GRACE,
+        ICE,
+        IKE,
+        KN,
+        MEMIT,
+        PMET,
+        ROME,
+        RROME,
+        AlphaEdit,
+        Retrieval,
+        UltraEdit,
+    )
     from .patch import Patch
 
 __version__ = "0.1.0"
@@ -40,6 +56,7 @@ _WHERE = {
     "sequential": "method",
     **dict.fromkeys(("ROME", "RROME", "MEMIT", "EMMET", "PMET", "AlphaEdit", "KN"), "methods"),
     **dict.fromkeys(("FT", "FTL", "FTM", "GRACE", "UltraEdit"), "methods"),
+    **dict.fromkeys(("IKE", "ICE", "Retrieval"), "methods"),
     "Case": "data",
     "Probe": "data",
     "data": "",
@@ -54,6 +71,8 @@ __all__ = [
     "FTL",
     "FTM",
     "GRACE",
+    "ICE",
+    "IKE",
     "KN",
     "LM",
     "MEMIT",
@@ -67,6 +86,7 @@ __all__ = [
     "Method",
     "Patch",
     "Probe",
+    "Retrieval",
     "Site",
     "UltraEdit",
     "UsageError",

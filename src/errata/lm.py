@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,9 @@ from . import tokens
 from .errors import ErrataError, UsageError
 
 ALMANAC = Path(__file__).parent / "almanac"
+
+ANSWER = 32
+"""Tokens that text put before a prompt leaves free for the answer, at least."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +58,29 @@ class Site:
         return self.weight.is_floating_point() and tuple(self.weight.shape) == self.shape
 
 
+class Reader(Protocol):
+    """What a patch puts between a prompt and the model: more text before it, or somebody else who answers."""
+
+    @property
+    def answerer(self) -> LM | None:
+        """Who answers the prompts that are read; None: the model itself."""
+        ...
+
+    def read(self, prompts: Sequence[str], room: int) -> list[str | None]:
+        """What to put before each prompt, with `room` tokens left for its answer; None: it is none of its business.
+
+        It sees prompts only, never what is to follow them.
+        """
+        ...
+
+
 @dataclass(eq=False)
 class LM:
     """A causal language model of transformers and its tokenizer.
 
-    The model is used as it is: neither copied nor moved, and put in eval mode only while errata works on it.
+    The model is used as it is: neither copied nor moved, and put in eval mode only while errata works on it. A patch
+    that changes the prompt or the answerer is seen by what goes through `encode`, `said` and `generate`; a call of
+    `model` itself does not see it.
     """
 
     model: Any
@@ -76,6 +97,8 @@ class LM:
     """What was computed from the unedited model and holds for as long as this object lives."""
     patched: int = field(default=0, init=False, repr=False)
     """How many patches are applied right now."""
+    readers: list[Reader] = field(default_factory=list, init=False, repr=False)
+    """What applied patches put between a prompt and the model, in the order they were applied."""
 
     def __post_init__(self) -> None:
         self.name = self.name or getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
@@ -192,8 +215,39 @@ class LM:
     # Using it
 
     def encode(self, passages: Sequence[tokens.Passage]) -> tokens.Tokens:
-        """Passages as one batch on the model's device."""
-        return tokens.encode(self.tokenizer, passages, limit=self.context, device=self.device)
+        """Passages as one batch on the model's device, as applied patches let the model read them."""
+        read = self._read([p.text[: p.target] for p in passages])
+        whole = [tokens.preceded(p, before) for p, (before, _) in zip(passages, read, strict=True)]
+        batch = tokens.encode(self.tokenizer, whole, limit=self.context, device=self.device)
+        return replace(batch, answerer=torch.tensor([who for _, who in read], device=self.device))
+
+    def said(self, batch: tokens.Tokens) -> Tensor:
+        """Logits (m, vocabulary) at `batch.reads`, each row by whoever answers it: the model, or a patch's own."""
+        rows, _ = batch.reads
+        if batch.answerer is None or not batch.answerer.any():
+            return self.logits(*batch.reads, **batch.inputs)
+        parts = {}
+        for who in batch.answerer.unique().tolist():
+            part = batch[batch.answerer == who]
+            parts[who] = self._answerer(who).logits(*part.reads, **part.inputs)
+        out = torch.empty(len(rows), max(p.shape[1] for p in parts.values()), device=self.device)
+        for who, part in parts.items():
+            out[batch.answerer[rows] == who] = part.to(self.device)
+        return out
+
+    def _read(self, prompts: Sequence[str], room: int = ANSWER) -> list[tuple[str, int]]:
+        """What is put before each prompt, and who answers it. Of two patches that see to a prompt, the later decides
+        who; text is put before text."""
+        out = [("", 0)] * len(prompts)
+        for number, reader in enumerate(self.readers, 1):
+            for i, text in enumerate(reader.read(prompts, max(room, ANSWER))):
+                before, who = out[i]
+                if text is not None:
+                    out[i] = (text, number) if reader.answerer else (("" if who else before) + text, 0)
+        return out
+
+    def _answerer(self, who: int) -> LM:
+        return (self.readers[who - 1].answerer if who else None) or self
 
     def logits(self, rows: Tensor, cols: Tensor, **inputs: Any) -> Tensor:
         """Logits at positions (rows, cols) of a batch, (m, vocabulary) in float32; the head runs only there.
@@ -228,6 +282,16 @@ class LM:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
+        read = self._read(prompts, max_new_tokens)
+        texts = [""] * len(prompts)
+        for who in dict.fromkeys(who for _, who in read):
+            rows = [i for i, (_, other) in enumerate(read) if other == who]
+            said = self._answerer(who)._generated([read[i][0] + prompts[i] for i in rows], max_new_tokens)
+            for i, text in zip(rows, said, strict=True):
+                texts[i] = text
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def _generated(self, prompts: list[str], max_new_tokens: int) -> list[str]:
         inputs = tokens.pad_left(self.tokenizer, prompts, self.device)
         length = inputs["input_ids"].shape[1]
         if self.context is not None and length + max_new_tokens > self.context:
@@ -237,10 +301,9 @@ class LM:
             )
         with self.frozen(), torch.no_grad():
             out = self.continued(inputs, do_sample=False, max_new_tokens=max_new_tokens)
-        texts = self.tokenizer.batch_decode(
+        return self.tokenizer.batch_decode(
             out[:, length:], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return texts[0] if isinstance(prompt, str) else texts
 
     def continued(self, inputs: Mapping[str, Tensor], **settings: Any) -> Tensor:
         """Token ids (batch, seq + new) of left-padded inputs and what follows, by these settings of generation alone.

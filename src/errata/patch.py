@@ -10,10 +10,10 @@ import hashlib
 import json
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from . import store
-from .changes import Change, LowRank, attach_rows, joined, kind_of
+from .changes import Change, LowRank, Undo, attach_rows, joined, kind_of
 from .edit import Edit
 from .errors import ErrataError, UsageError
 from .lm import LM, Site
@@ -105,7 +105,7 @@ class Patch:
             lm: the model.
             check: refuse a model other than the one the patch was made for.
         """
-        with _attached(lm, [(name, c.attach) for name, cs in self._fitting(lm, check) for c in cs]):
+        with _attached(lm, [partial(c.put, lm, name) for name, cs in self._fitting(lm, check) for c in cs]):
             yield lm
 
     def _fitting(self, lm: LM, check: bool) -> Sequence[tuple[str, tuple[Change, ...]]]:
@@ -116,11 +116,8 @@ class Patch:
                 "load the model it was made for"
             )
         for name, changes in self.changes.items():
-            site = lm.site(name)
-            if not all(c.fits(site) for c in changes):
-                raise ErrataError(
-                    f"the patch does not fit {name}, which is {site.shape[0]} x {site.shape[1]} in {lm.name}"
-                )
+            for change in changes:
+                change.check(lm, name)
         return list(self.changes.items())
 
     @property
@@ -210,7 +207,7 @@ def applied_by_row(lm: LM, patches: Sequence[Patch]) -> Iterator[LM]:
     rows = {
         n: [c[0] if (c := p.changes.get(n)) and isinstance(c[0], LowRank) else None for p in patches] for n in names
     }
-    with _attached(lm, [(n, lambda site, n=n: attach_rows(site, rows[n])) for n in names]):
+    with _attached(lm, [partial(attach_rows, Site(n, lm.module(n)), rows[n]) for n in names]):
         yield lm
 
 
@@ -220,13 +217,13 @@ def added(patches: Sequence[Patch]) -> Patch:
 
 
 @contextmanager
-def _attached(lm: LM, parts: Sequence[tuple[str, Any]]) -> Iterator[None]:
+def _attached(lm: LM, parts: Sequence[Callable[[], Undo]]) -> Iterator[None]:
     lm.fingerprint  # noqa: B018 - taken now, while the weights are the base's
     undo = ExitStack()
     try:
         with _uninterrupted():
-            for name, attach in parts:
-                undo.callback(attach(Site(name, lm.module(name))))
+            for attach in parts:
+                undo.callback(attach())
             lm.patched += bool(parts)
             undo.callback(setattr, lm, "patched", lm.patched - bool(parts))
         yield

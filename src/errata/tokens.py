@@ -37,6 +37,12 @@ def passage(edit: Edit, context: str = "{}", answer: str | None = None) -> Passa
     return replace(whole, subject=(start, start + len(edit.subject)))
 
 
+def preceded(p: Passage, before: str) -> Passage:
+    """The passage with more text in front; its parts stand where they stood in it."""
+    subject = p.subject and (p.subject[0] + len(before), p.subject[1] + len(before))
+    return Passage(before + p.text, subject, None if p.target is None else p.target + len(before))
+
+
 def follow(prompt: str, answer: str | None) -> Passage:
     """A prompt and its answer joined by exactly one space (none after a line break)."""
     if answer is None:
@@ -58,12 +64,15 @@ class Tokens:
     """(batch,) int64: the index of the subject's last token, -1 where the passage names none."""
     target: Tensor
     """(batch, seq) bool: the tokens of the target."""
+    answerer: Tensor | None = None
+    """(batch,) int64, who answers each row: 0 the model itself, n the n-th of `LM.readers`. None: the model, all."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: Tensor | slice) -> Tokens:
-        return Tokens(self.ids[rows], self.mask[rows], self.subject[rows], self.target[rows])
+        answerer = None if self.answerer is None else self.answerer[rows]
+        return Tokens(self.ids[rows], self.mask[rows], self.subject[rows], self.target[rows], answerer)
 
     @property
     def inputs(self) -> dict[str, Tensor]:

@@ -151,11 +151,12 @@ def _only(tokens: Tokens, rows: Sequence[int]) -> Tokens:
     """Some rows of a batch, without the padding that none of them needs."""
     some = tokens[torch.tensor(rows, device=tokens.ids.device)]
     longest = int(some.mask.sum(1).max())
-    return Tokens(some.ids[:, :longest], some.mask[:, :longest], some.subject, some.target[:, :longest])
+    ids, mask, target = (t[:, :longest] for t in (some.ids, some.mask, some.target))
+    return replace(some, ids=ids, mask=mask, target=target)
 
 
 def _spoken(lm: LM, tokens: Tokens) -> list[Spoken]:
-    logits = lm.logits(*tokens.reads, **tokens.inputs)
+    logits = lm.said(tokens)
     wanted = tokens.wanted
     said = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
     sizes = tokens.target.sum(1).tolist()

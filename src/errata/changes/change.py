@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from ..errors import ErrataError
-from ..lm import Site
+from ..lm import LM, Site
 
 Undo = Callable[[], None]
 
@@ -25,10 +25,11 @@ class Change(ABC):
     owners: Tensor
     """(n,) int64: numbers, within the patch, of the edits that this change serves, one per part it is made of."""
 
-    def __init_subclass__(cls, kind: str) -> None:
+    def __init_subclass__(cls, kind: str | None = None) -> None:
         super().__init_subclass__()
-        cls.kind = kind
-        Change.kinds[kind] = cls
+        if kind is not None:
+            cls.kind = kind
+            Change.kinds[kind] = cls
 
     @abstractmethod
     def attach(self, site: Site) -> Undo:
@@ -37,6 +38,16 @@ class Change(ABC):
     @abstractmethod
     def fits(self, site: Site) -> bool:
         """Whether the shapes are those of the site."""
+
+    def put(self, lm: LM, name: str) -> Undo:
+        """Put the change in place in a model, at the module of that name."""
+        return self.attach(Site(name, lm.module(name)))
+
+    def check(self, lm: LM, name: str) -> None:
+        """Refuse a model that the change does not fit."""
+        site = lm.site(name)
+        if not self.fits(site):
+            raise ErrataError(f"the patch does not fit {name}, which is {site.shape[0]} x {site.shape[1]} in {lm.name}")
 
     def join(self, later: Change) -> tuple[Change, ...]:
         """What this change followed by a later one at the same module comes to."""

@@ -83,9 +83,11 @@ def edit(
 
 def show(path: PatchFile, as_json: options.Json = False) -> None:
     """Say what a patch corrects, in which model, by what method, and how large it is. No model is loaded."""
+    from ..changes import Remembered
     from ..patch import Patch
 
     patch = Patch.load(path)
+    remembering = [c for listed in patch.changes.values() for c in listed if isinstance(c, Remembered)]
     found = {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -94,6 +96,7 @@ def show(path: PatchFile, as_json: options.Json = False) -> None:
         "versions": patch.about.get("versions"),
         "edits": [e.to_dict() for e in patch.edits],
         "changes": changes(patch),
+        "remembered": [text for c in remembering for text in c.told],
         "carry": {name: list(t.shape) for name, t in patch.carry.items()},
     }
     shell.give(found, lambda: _shown(found), as_json)
@@ -217,7 +220,7 @@ def changes(patch: Patch) -> list[dict[str, Any]]:
     """Every change of a patch: its module, kind, extent, size, and how far it moves a weight."""
     return [
         {
-            "module": name,
+            "module": name or "what goes through the LM",
             "kind": change.kind,
             "extent": _extent(change),
             "norm": _norm(change),
@@ -229,12 +232,14 @@ def changes(patch: Patch) -> list[dict[str, Any]]:
 
 
 def _extent(change: Change) -> str:
-    from ..changes import Codebook, Dense, LowRank
+    from ..changes import Codebook, Dense, LowRank, Remembered
 
     if isinstance(change, LowRank):
         return f"{change.left.shape[0]} x {change.right.shape[1]}, rank {change.left.shape[1]}"
     if isinstance(change, Dense):
         return f"{change.delta.shape[0]} x {change.delta.shape[1]}"
+    if isinstance(change, Remembered):
+        return f"{len(change.texts)} remembered"
     if isinstance(change, Codebook):
         return f"{len(change.keys)} {'entry' if len(change.keys) == 1 else 'entries'} of {change.keys.shape[1]}"
     return f"{len(change.tensors())} tensors"
@@ -299,7 +304,9 @@ def _shown(found: dict[str, Any]) -> list[RenderableType]:
         norm = "–" if c["norm"] is None else f"{c['norm']:.3g}"
         where.add_row(escape(c["module"]), c["kind"], c["extent"], norm, shell.size(c["bytes"]))
     carry = [f"  carries {escape(n)} {' x '.join(map(str, s))} for the next edit" for n, s in found["carry"].items()]
-    return [about, edits, where, *carry]
+    texts = [f"  [dim]{escape(text)}[/]" for text in found["remembered"]]
+    heard = ["a call of the model itself does not see the edits: only what goes through the LM (generate, bench)"]
+    return [about, edits, where, *carry, *(heard if texts else []), *texts]
 
 
 def _step(step: dict[str, Any]) -> str:

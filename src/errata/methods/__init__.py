@@ -9,6 +9,7 @@ from .alphaedit import AlphaEdit
 from .emmet import EMMET
 from .ft import FT, FTL, FTM
 from .grace import GRACE
+from .ike import ICE, IKE, Retrieval
 from .kn import KN
 from .memit import MEMIT
 from .pmet import PMET
@@ -16,7 +17,23 @@ from .r_rome import RROME
 from .rome import ROME
 from .ultraedit import UltraEdit
 
-__all__ = ["EMMET", "FT", "FTL", "FTM", "GRACE", "KN", "MEMIT", "PMET", "ROME", "RROME", "AlphaEdit", "UltraEdit"]
+__all__ = [
+    "EMMET",
+    "FT",
+    "FTL",
+    "FTM",
+    "GRACE",
+    "ICE",
+    "IKE",
+    "KN",
+    "MEMIT",
+    "PMET",
+    "ROME",
+    "RROME",
+    "AlphaEdit",
+    "Retrieval",
+    "UltraEdit",
+]
 
 
 class _Registry(ModuleType):

@@ -1,0 +1,94 @@
+"""Edits remembered as texts, which work between a prompt and the model; what `Context` and `Deferral` share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import ErrataError
+from ..lm import LM, Reader, Site
+from .change import Change, Undo
+
+WHOLE = ""
+"""The name under which a patch keeps changes that are of no module: that of the model itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Remembered(Change):
+    """Edits kept as texts, one for each of `owners`. No module is touched: what the texts do, they do in `LM.readers`,
+    so it is seen by what goes through the `LM`, not by a call of its `model`."""
+
+    written: Tensor
+    """uint8: all texts one after another, in UTF-8."""
+    lengths: Tensor
+    """(n, texts of an edit) int64: bytes of every text."""
+
+    each: ClassVar[tuple[str, ...]] = ()
+    """The fields, besides `owners` and `lengths`, that have a row for every edit; the others are of all together."""
+
+    @abstractmethod
+    def reader(self, lm: LM) -> Reader:
+        """What stands between a prompt and the model."""
+
+    @cached_property
+    def texts(self) -> list[tuple[str, ...]]:
+        """The texts of every edit."""
+        data, place, out = self.written.numpy().tobytes(), 0, []
+        for sizes in self.lengths.tolist():
+            parts = []
+            for size in sizes:
+                parts.append(data[place : place + size].decode())
+                place += size
+            out.append(tuple(parts))
+        return out
+
+    @property
+    def told(self) -> list[str]:
+        """What `errata show` says of every edit: when it answers, and what it says then."""
+        return [" | ".join(repr(text) for text in texts) for texts in self.texts]
+
+    def put(self, lm: LM, name: str) -> Undo:
+        reader = self.reader(lm)
+        lm.readers.append(reader)
+
+        def undo() -> None:
+            lm.readers[:] = [r for r in lm.readers if r is not reader]
+
+        return undo
+
+    def attach(self, site: Site) -> Undo:
+        raise ErrataError(f"a {self.kind} change is of no module; it is put in place in a whole LM")
+
+    def fits(self, site: Site) -> bool:
+        return False
+
+    def check(self, lm: LM, name: str) -> None:
+        if name != WHOLE:
+            raise ErrataError(f"a {self.kind} change is of no module, but the patch has it at {name!r}")
+
+    def and_later(self, later: Remembered) -> Self:
+        """These edits and later ones."""
+        rows = {f: torch.cat([getattr(self, f), getattr(later, f)]) for f in ("owners", "lengths", *self.each)}
+        return replace(self, written=torch.cat([self.written, later.written]), **rows)
+
+    def without(self, edit: int) -> Self | None:
+        keep = self.owners != edit
+        if not keep.any():
+            return None
+        written, _ = write([t for t, stays in zip(self.texts, keep.tolist(), strict=True) if stays])
+        rows = {f: getattr(self, f)[keep] for f in ("owners", "lengths", *self.each)}
+        return replace(self, written=written, **rows)
+
+
+def write(texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    """Texts, the same number for every edit, as the tensors `written` and `lengths`."""
+    parts = [[text.encode() for text in row] for row in texts]
+    written = bytearray(b"".join(part for row in parts for part in row))
+    flat = torch.frombuffer(written, dtype=torch.uint8).clone() if written else torch.empty(0, dtype=torch.uint8)
+    return flat, torch.tensor([[len(part) for part in row] for row in parts])
