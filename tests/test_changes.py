@@ -12,6 +12,7 @@ from torch import nn
 
 from errata import ErrataError, Patch, Site
 from errata.changes import Change, Codebook, Dense, LowRank, attach_rows, joined
+from errata.changes.routing import Index
 from tests import tiny
 
 
@@ -29,7 +30,7 @@ def entry(key: float | list[float], label: int, owner: int = 0, radius: float = 
     key = [key, 0.0, 0.0, 0.0] if isinstance(key, float) else key
     one = torch.zeros(1, dtype=torch.long)
     value = torch.full((1, d_out), float(owner))
-    return Codebook(one + owner, torch.tensor([key]), value, torch.tensor([radius]), one[None] + label, one)
+    return Codebook.of(one + owner, torch.tensor([key]), value, torch.tensor([radius]), one[None] + label, one)
 
 
 def site(bias: bool = True, dtype: torch.dtype = torch.float32) -> Site:
@@ -201,11 +202,11 @@ def test_codebooks_join_by_graces_rule(sequence: list[tuple[int, int, int]], see
         theirs.add(key, label, owner, 1.0)
         ours += Patch({"it": (entry(key, label, 0).renumbered(lambda o: o),)}, (tiny.EDITS[0],))
     (book,) = ours.changes["it"]
-    assert [e["label"] for e in theirs.entries] == book.labels[:, 0].tolist()
-    torch.testing.assert_close(book.keys, torch.tensor([e["key"] for e in theirs.entries]))
-    torch.testing.assert_close(book.radii, torch.tensor([e["radius"] for e in theirs.entries]))
-    owned = [book.owners[book.entries == i].tolist() for i in range(len(book.keys))]
-    assert owned == [e["owners"] for e in theirs.entries]
+    live = book.live
+    assert [e["label"] for e in theirs.entries] == book.labels[live, 0].tolist()
+    torch.testing.assert_close(book.keys[live], torch.tensor([e["key"] for e in theirs.entries]))
+    torch.testing.assert_close(book.radii[live], torch.tensor([e["radius"] for e in theirs.entries]))
+    assert [book.owners[book.entries == i].tolist() for i in live] == [e["owners"] for e in theirs.entries]
 
 
 def test_a_codebook_answers_within_its_radius_and_nowhere_else():
@@ -233,17 +234,97 @@ def test_labels_of_different_lengths_are_compared_as_wholes():
     short, long = entry(0.0, 3), entry(0.5, 3, owner=1)
     long = Codebook(**{**long.tensors(), "labels": torch.tensor([[3, 4]])})
     (book,) = short.join(long)
-    assert len(book.keys) == 2
+    assert len(book.live) == 2
 
 
-def test_an_entry_shared_by_two_edits_goes_only_with_both():
-    (book,) = entry(0.0, 1, owner=0).join(entry(0.5, 1, owner=1))
-    with pytest.raises(ErrataError, match="shares an entry"):
-        book.without(0)
-    (apart,) = entry(0.0, 1, owner=0).join(entry(9.0, 1, owner=1))
-    assert apart.without(0).keys[0, 0] == 9.0
-    assert apart.without(0).entries.tolist() == [0]
-    assert apart.without(0).without(1) is None
+def crowded(n: int, seed: int) -> list[Codebook]:
+    """Entries so near each other that all of GRACE's rules are needed."""
+    draw = random.Random(seed)
+    return [entry([draw.gauss(0, 1.5) for _ in range(4)], draw.randrange(3), owner=i) for i in range(n)]
+
+
+def fold(books: list[Codebook]) -> Codebook:
+    (book,) = joined(books)
+    assert isinstance(book, Codebook)
+    return book
+
+
+def equal(a: Codebook, b: Codebook) -> bool:
+    return all(tiny.same_bits(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_codebooks_joined_in_any_grouping_are_the_same(seed: int):
+    books = crowded(40, seed)
+    whole = fold(books)
+    assert 5 < len(whole.live) < 40
+    for cut in (1, 13, 39):
+        assert equal(fold([fold(books[:cut]), fold(books[cut:])]), whole)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_edit_taken_out_of_a_codebook_is_as_if_it_had_never_been(seed: int):
+    books = crowded(30, seed)
+    for gone in (0, 11, 29):
+        assert equal(fold(books).without(gone), fold(books[:gone] + books[gone + 1 :]))
+    assert entry(0.0, 1).without(0) is None
+
+
+def test_a_correction_of_a_correction_taken_out_gives_the_first_one_back():
+    (book,) = entry(0.0, 1, owner=7).join(entry(0.0, 2, owner=8))
+    s = site()
+    book.without(8).attach(s)
+    assert s.module(torch.zeros(1, 1, 4)).unique().tolist() == [7.0]
+
+
+def test_every_row_of_a_batch_may_have_a_codebook_of_its_own():
+    books = [entry(0.0, 1, owner=7), None, fold([entry(0.0, 1, owner=3), entry(5.0, 2, owner=4)])]
+    s, x = site(), torch.randn(3, 6, 4)
+    x[:, 1:3, 0], x[:, 1:3, 1:] = torch.tensor([0.3, 4.8]), 0.0
+    wanted = []
+    for row, book in zip(x, books, strict=True):
+        undo = book.attach(s) if book else lambda: None
+        wanted.append(s.module(row[None])[0])
+        undo()
+    undo = Codebook.attach_rows(s, books)
+    assert tiny.same_bits(s.module(x), torch.stack(wanted))
+    undo()
+
+
+def test_the_nearest_of_many_keys_is_found_however_they_are_asked():
+    torch.manual_seed(0)
+    keys, queries = torch.randn(3000, 16) + 50, torch.randn(4, 8, 16) + 50  # far out, where products cancel
+    index = Index([keys])
+    distance, found = index.nearest(queries)
+    exact = torch.cdist(queries.flatten(0, 1).double(), keys.double()).min(1)
+    assert torch.equal(found.flatten(), exact.indices)
+    torch.testing.assert_close(distance.flatten().double(), exact.values, rtol=1e-5, atol=0)
+    alone = torch.stack([index.nearest(q[None, None])[0][0] for q in queries.flatten(0, 1)])
+    assert tiny.same_bits(alone.flatten(), distance.flatten())
+
+
+def test_a_value_for_the_whole_prompt_goes_to_all_tokens_up_to_the_one_that_is_near():
+    one = entry(0.0, 1, owner=7)
+    book = Codebook(**{**one.tensors(), "whole": torch.ones(1, dtype=torch.long)})
+    s, x = site(), torch.full((2, 5, 4), 9.0)
+    x[0, 3] = 0.0
+    base = s.module(x)
+    book.attach(s)
+    found = s.module(x)
+    assert found[0, :4].unique().tolist() == [7.0]
+    assert torch.equal(found[0, 4:], base[0, 4:])
+    assert torch.equal(found[1], base[1])
+
+
+def test_the_log_tells_which_entry_answered_and_how_near(caplog: pytest.LogCaptureFixture):
+    s, x = site(), torch.full((1, 3, 4), 9.0)
+    x[0, 1, :] = torch.tensor([0.25, 0, 0, 0])
+    entry(0.0, 1, owner=7).attach(s)
+    s.module(x)
+    assert not caplog.records
+    with caplog.at_level("DEBUG", logger="errata"):
+        s.module(x)
+    assert caplog.messages == ["it: row 0, token 1 is answered by 7, at 0.25 where the limit is 1"]
 
 
 def test_a_codebook_cannot_be_scaled():

@@ -56,7 +56,7 @@ def change(lm: LM, name: str, kind: type, seed: int, owner: int = 0) -> Any:
         return LowRank(one, draw(d_out, 1), draw(1, d_in))
     if kind is Dense:
         return Dense(one, draw(d_out, d_in))
-    return Codebook(one, draw(1, d_in), draw(1, d_out), torch.tensor([1.0]), one[None] + seed, one * 0)
+    return Codebook.of(one, draw(1, d_in), draw(1, d_out), torch.tensor([1.0]), one[None] + seed, one * 0)
 
 
 def patch(lm: LM, kind: type = LowRank, seed: int = 0, edit: Edit = A, layer: int = 1) -> Patch:
@@ -299,7 +299,7 @@ def test_patches_by_row_answer_as_one_by_one(architecture: str):
 
 
 def test_only_low_rank_patches_go_by_row(lm: LM):
-    with pytest.raises(ErrataError, match="only low-rank patches"), applied_by_row(lm, [patch(lm, Dense)]):
+    with pytest.raises(ErrataError, match="can't be applied row by row"), applied_by_row(lm, [patch(lm, Dense)]):
         pass
 
 

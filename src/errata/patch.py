@@ -23,7 +23,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from . import store
-from .changes import Change, LowRank, Undo, attach_rows, joined, kind_of
+from .changes import Change, LowRank, Undo, joined, kind_of
 from .edit import Edit
 from .errors import ErrataError, UsageError
 from .lm import LM, Site
@@ -126,6 +126,11 @@ class Patch:
         return all(len(cs) == 1 and isinstance(cs[0], LowRank) for cs in self.changes.values())
 
     @property
+    def by_row(self) -> bool:
+        """Whether every module has one change, of a kind that a batch can have a different one of in each row."""
+        return all(len(cs) == 1 and cs[0].by_row for cs in self.changes.values())
+
+    @property
     def bytes(self) -> int:
         """Size of all tensors."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
@@ -197,17 +202,22 @@ def applied_by_row(lm: LM, patches: Sequence[Patch]) -> Iterator[LM]:
 
     Args:
         lm: the model.
-        patches: low-rank ones only, as many as the batches have rows.
+        patches: as many as the batches have rows; at each module all of one kind, which must be one that can
+            (`Patch.by_row`).
     """
     for patch in patches:
         patch._fitting(lm, check=True)
-        if not patch.low_rank:
-            raise ErrataError("only low-rank patches can be applied row by row")
+        if not patch.by_row:
+            raise ErrataError("a patch has a change that can't be applied row by row; apply it by itself")
     names = dict.fromkeys(name for patch in patches for name in patch.changes)
-    rows = {
-        n: [c[0] if (c := p.changes.get(n)) and isinstance(c[0], LowRank) else None for p in patches] for n in names
-    }
-    with _attached(lm, [partial(attach_rows, Site(n, lm.module(n)), rows[n]) for n in names]):
+    parts = []
+    for name in names:
+        rows = [p.changes[name][0] if name in p.changes else None for p in patches]
+        kind, *others = {type(row) for row in rows if row is not None}
+        if others:
+            raise ErrataError(f"the rows have changes of several kinds at {name}; apply the patches by themselves")
+        parts.append(partial(kind.attach_rows, Site(name, lm.module(name)), rows))
+    with _attached(lm, parts):
         yield lm
 
 

@@ -62,7 +62,7 @@ def ask(lm: LM, probes: Sequence[Probe], patches: Sequence[Patch] | None = None)
     Args:
         lm: the model as it is: with nothing, or whatever is applied to it.
         probes: the questions.
-        patches: low-rank ones, one for each probe, each asked of the model with its patch, in shared passes.
+        patches: one for each probe, that can go by row; each is asked of the model with its patch, in shared passes.
     """
     asked = _Asking(lm, patches)
     out = [Answer() for _ in probes]

@@ -1,6 +1,6 @@
 """A method over cases in one of the regimes of the literature (eq. 1-3 of the EasyEdit paper), and what came of it.
 
-- single: every edit by itself from the unedited model. Its N low-rank patches answer in shared passes, a row each.
+- single: every edit by itself from the unedited model. N patches that can go by row answer in shared passes.
 - batch=N: N edits at once, then their evaluation, then the weights go back.
 - sequential: batch after batch on top of each other; evaluated only when all are made.
 
@@ -174,7 +174,7 @@ class _Run:
 
     def _single_answers(self, group: Sequence[Case], patches: Sequence[Patch | ErrataError]) -> list[Outcome]:
         made = [(c, p) for c, p in zip(group, patches, strict=True) if isinstance(p, Patch)]
-        if all(p.low_rank for _, p in made) and _exact_by_row(self.lm):
+        if all(p.by_row for _, p in made) and (_exact_by_row(self.lm) or not any(p.low_rank for _, p in made)):
             found = iter(self.ask([c for c, _ in made], [p for _, p in made]))
         else:
             found = (self._patched_answers([c], p, [None])[0] for c, p in made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -21,6 +21,8 @@ class Change(ABC):
 
     kinds: ClassVar[dict[str, type[Change]]] = {}
     kind: ClassVar[str]
+    by_row: ClassVar[bool] = False
+    """Whether `attach_rows` can put a change of its own beside each row of a batch."""
 
     owners: Tensor
     """(n,) int64: numbers, within the patch, of the edits that this change serves, one per part it is made of."""
@@ -34,6 +36,11 @@ class Change(ABC):
     @abstractmethod
     def attach(self, site: Site) -> Undo:
         """Put the change in place; what is returned takes it away again, to the bit."""
+
+    @classmethod
+    def attach_rows(cls, site: Site, rows: Sequence[Change | None]) -> Undo:
+        """Put changes of this kind beside a module, one for each row of the batch; the weight is not touched."""
+        raise ErrataError(f"a {cls.kind} change can't be applied row by row")
 
     @abstractmethod
     def fits(self, site: Site) -> bool:

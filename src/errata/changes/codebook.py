@@ -1,7 +1,12 @@
-"""GRACE's memory: keys, and the values that a module puts out where its input is near one."""
+"""GRACE's memory: keys, and the values that a module puts out where its input is near one.
+
+Every edit keeps what it came with, also where another one's entry answers for it. So a codebook is a function of its
+edits in their order: joined in any grouping it is the same, and one edit taken out leaves what the others alone give.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +16,7 @@ from torch.nn.functional import pad
 from ..errors import ErrataError
 from ..lm import Site
 from .change import Change, Undo
+from .routing import Index, tell
 
 SAME = 1e-3
 """Keys nearer than this share of a radius are one key."""
@@ -24,83 +30,150 @@ class Codebook(Change, kind="codebook"):
     answer does not depend on padding, on the batch, or on whether generation keeps a cache.
     """
 
+    by_row = True
+
     keys: Tensor
-    """(entries, d_in)."""
+    """(n, d_in) of every edit."""
     values: Tensor
-    """(entries, d_out)."""
-    radii: Tensor
-    """(entries,) Euclidean distance within which an entry answers."""
+    """(n, d_out)."""
+    first: Tensor
+    """(n,) the radius that each edit came with."""
     labels: Tensor
-    """(entries, most) int64: the target's tokens, -1 behind the last."""
+    """(n, most) int64: the target's tokens, -1 behind the last."""
+    whole: Tensor
+    """(n,) int64: 1 where the value goes to all tokens up to the one that is near the key, 0 where to that one."""
+    radii: Tensor
+    """(n,) Euclidean distance within which an entry answers now."""
     entries: Tensor
-    """(n,) int64: which entry each of `owners` is answered by."""
+    """(n,) int64: whose key and value answer for each edit; its own where it is an entry."""
+
+    @classmethod
+    def of(cls, owners: Tensor, keys: Tensor, values: Tensor, first: Tensor, labels: Tensor, whole: Tensor) -> Codebook:
+        """The codebook of edits in their order."""
+        radii, entries = first.clone(), torch.arange(len(owners))
+        labels = labels[:, : int((labels >= 0).sum(1).max()) + 1]
+        _settle(keys, labels, radii, entries, 0)
+        return cls(owners, keys, values, first, labels, whole, radii, entries)
+
+    @property
+    def live(self) -> Tensor:
+        """(entries,) int64: the edits that are entries; only their keys are searched."""
+        return (self.entries == torch.arange(len(self.entries))).nonzero()[:, 0]
 
     def attach(self, site: Site) -> Undo:
+        return self.attach_rows(site, [self])
+
+    @classmethod
+    def attach_rows(cls, site: Site, rows: Sequence[Change | None]) -> Undo:
+        device = site.module.get_parameter("weight").device
+        books = [row if isinstance(row, Codebook) else None for row in rows]
+        found = [b.live if b else torch.empty(0, dtype=torch.long) for b in books]
+        keys = [b.keys[i] if b else torch.empty(0, site.shape[1]) for b, i in zip(books, found, strict=True)]
+        index = Index([k.to(device) for k in keys])
+        some = [(b, i) for b, i in zip(books, found, strict=True) if b]
+        values, radii, whole, owners = (
+            torch.cat([getattr(b, name)[i] for b, i in some]).to(device)
+            for name in ("values", "radii", "whole", "owners")
+        )
+
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            queries, keys = args[0].float(), self.keys.to(output.device)
-            flat = queries.reshape(-1, queries.shape[-1])
-            distance, nearest = distances(flat, keys).min(1)
-            hit = (distance <= self.radii.to(output.device)[nearest]).view(output.shape[:-1])
-            values = self.values.to(output)[nearest].view(output.shape)
-            return torch.where(hit[..., None], values, output)
+            queries = args[0].float()
+            distance, entry = index.nearest(queries if queries.ndim > 2 else queries[None])
+            answered = distance <= radii[entry]
+            tell(site.name, answered, owners[entry], distance, radii[entry])
+            if whole.any():
+                answered, entry = _reaching_back(site, queries, answered, entry, whole[entry] > 0)
+            chosen = values.to(output.dtype)[entry].view(output.shape)
+            return torch.where(answered.view(output.shape[:-1])[..., None], chosen, output)
 
         return site.module.register_forward_hook(hook).remove
+
+    def alone(self, edit: int) -> Codebook:
+        """One edit's own part, as if the others had never been."""
+        mine = self.owners == edit
+        parts = (self.owners, self.keys, self.values, self.first, self.labels, self.whole)
+        return Codebook.of(*(t[mine] for t in parts)).renumbered(torch.zeros_like)
 
     def fits(self, site: Site) -> bool:
         return (self.values.shape[1], self.keys.shape[1]) == site.shape
 
     def join(self, later: Change) -> tuple[Change, ...]:
+        """By GRACE's algorithm 1, the later book's edits one after another."""
         if not isinstance(later, Codebook):
             return self, later
-        book = self
-        for entry in range(len(later.keys)):
-            book = book._insert(later, entry)
-        return (book,)
-
-    def _insert(self, later: Codebook, i: int) -> Codebook:
-        """GRACE, algorithm 1: a far key is added; a near one with the same label widens the entry that is there; a near
-        one with another label is added, and the two share the distance between them. Where there is none (the same
-        question, corrected again) that would leave both without an answer: the later one takes the entry over."""
-        owners = later.owners[later.entries == i]
-        key, value, radius, label = later.keys[i], later.values[i], later.radii[i], later.labels[i]
-        most = max(self.labels.shape[1], len(label))
-        labels, label = (pad(t, (0, most - t.shape[-1]), value=-1) for t in (self.labels, label))
-        labels = labels.clone()
-        distance, near = distances(key[None], self.keys)[0].min(0)
-        values, radii = self.values.clone(), self.radii.clone()
-        entry = len(self.keys)
-        if distance <= radii[near] + radius:
-            if torch.equal(labels[near], label):
-                radii[near] = torch.maximum(radii[near], distance)
-                entry = int(near)
-            elif distance <= SAME * radius:
-                values[near], labels[near] = value, label
-                entry = int(near)
-            else:
-                radii[near], radius = distance / 2 - 1e-5, distance / 2
-        new = entry == len(self.keys)
-        return Codebook(
-            torch.cat([self.owners, owners]),
-            torch.cat([self.keys, key[None]]) if new else self.keys,
-            torch.cat([values, value[None]]) if new else values,
-            torch.cat([radii, radius[None]]) if new else radii,
-            torch.cat([labels, label[None]]) if new else labels,
-            torch.cat([self.entries, torch.full_like(owners, entry)]),
+        most = max(self.labels.shape[1], later.labels.shape[1])
+        labels = torch.cat([pad(b.labels, (0, most - b.labels.shape[1]), value=-1) for b in (self, later)])
+        owners, keys, values, first, whole = (
+            torch.cat([getattr(self, name), getattr(later, name)])
+            for name in ("owners", "keys", "values", "first", "whole")
         )
+        radii = torch.cat([self.radii, later.first])
+        entries = torch.cat([self.entries, torch.arange(len(self.keys), len(keys))])
+        _settle(keys, labels, radii, entries, len(self.keys))
+        return (Codebook(owners, keys, values, first, labels, whole, radii, entries),)
 
     def without(self, edit: int) -> Codebook | None:
-        gone = set(self.entries[self.owners == edit].tolist())
-        if gone & set(self.entries[self.owners != edit].tolist()):
-            raise ErrataError("the edit shares an entry of the codebook with another; take both out")
-        keep = torch.tensor([i not in gone for i in range(len(self.keys))])
-        if not keep.any():
-            return None
+        """The codebook as the other edits alone make it: its entry goes, and radii that it changed are as they were."""
         stay = self.owners != edit
-        place = keep.long().cumsum(0) - 1
-        keys, values, radii, labels = (t[keep] for t in (self.keys, self.values, self.radii, self.labels))
-        return Codebook(self.owners[stay], keys, values, radii, labels, place[self.entries[stay]])
+        if not stay.any():
+            return None
+        parts = (self.owners, self.keys, self.values, self.first, self.labels, self.whole)
+        return Codebook.of(*(t[stay] for t in parts))
 
 
-def distances(queries: Tensor, keys: Tensor) -> Tensor:
-    """Euclidean distances (queries, keys), without the cancellation of the usual product form."""
-    return torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
+def _settle(keys: Tensor, labels: Tensor, radii: Tensor, entries: Tensor, start: int) -> None:
+    """GRACE's algorithm 1 for the edits from `start` on, in place.
+
+    A far key is an entry of its own. A near one with the same label widens the entry that is there. A near one with
+    another label is added, and the two share the distance between them; where there is none (the same question,
+    corrected again) that would leave both without an answer, so the later one takes the entry over.
+
+    Edits that are far from everything before them are found many at a time; only those that are near are looked at one
+    by one, because each changes what the next one meets.
+    """
+    done, most = max(start, 1), 1  # the first has nothing before it
+    while done < len(keys):
+        block = slice(done, min(done + most, len(keys)))
+        distance, near = _before(keys, entries, block)
+        meets = distance <= radii[near] + radii[block]
+        far = int(meets.long().argmax()) if meets.any() else len(meets)
+        done, most = done + far, min(2 * most, 64) if far == len(meets) else 1
+        if far < len(meets):
+            _meet(done, int(near[far]), distance[far], labels, radii, entries)
+            done += 1
+
+
+def _before(keys: Tensor, entries: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """For every edit of a block the distance to the nearest entry before it, and which that is."""
+    live = (entries[: block.start] == torch.arange(block.start)).nonzero()[:, 0]
+    distance, near = Index([keys[live]]).nearest(keys[block][None])
+    own = torch.arange(block.stop - block.start)
+    apart = (keys[block][:, None] - keys[block]).norm(dim=-1).masked_fill(own >= own[:, None], torch.inf)
+    both = torch.cat([distance.T, apart], 1)
+    distance, place = both.min(1)
+    return distance, torch.where(place == 0, live[near[0]], place - 1 + block.start)
+
+
+def _meet(edit: int, near: int, distance: Tensor, labels: Tensor, radii: Tensor, entries: Tensor) -> None:
+    """An edit whose key is near another's."""
+    if torch.equal(labels[near], labels[edit]):
+        radii[near] = torch.maximum(radii[near], distance)
+        entries[edit] = near
+    elif distance <= SAME * radii[edit]:
+        radii[edit] = radii[near]
+        entries[entries == near] = edit
+    else:
+        radii[near], radii[edit] = distance / 2 - 1e-5, distance / 2
+
+
+def _reaching_back(
+    site: Site, queries: Tensor, answered: Tensor, entry: Tensor, whole: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What answers where an entry's value goes to all tokens up to the next one that is near its key."""
+    if queries.ndim < 3:
+        raise ErrataError(f"{site.name} is given its tokens without their rows; put the value at the last token only")
+    seq = answered.shape[1]
+    places = torch.arange(seq, device=answered.device).where(answered & whole, seq)
+    following = places.flip(1).cummin(1).values.flip(1)
+    ahead = following < seq
+    return answered | ahead, entry.gather(1, following.clamp(max=seq - 1)).where(ahead, entry)

@@ -17,6 +17,8 @@ from .change import Change, Undo
 class LowRank(Change, kind="low-rank"):
     """W <- W + left @ right. One column of `left` and one row of `right` for each of `owners`."""
 
+    by_row = True
+
     left: Tensor
     """(d_out, rank)."""
     right: Tensor
@@ -31,6 +33,10 @@ class LowRank(Change, kind="low-rank"):
         if site.writable:
             return _add(site, lambda weight: self.left.to(weight.device) @ self.right.to(weight.device))
         return attach_rows(site, [self])
+
+    @classmethod
+    def attach_rows(cls, site: Site, rows: Sequence[Change | None]) -> Undo:
+        return attach_rows(site, [row if isinstance(row, LowRank) else None for row in rows])
 
     def fits(self, site: Site) -> bool:
         return (self.left.shape[0], self.right.shape[1]) == site.shape

@@ -241,7 +241,12 @@ def _extent(change: Change) -> str:
     if isinstance(change, Remembered):
         return f"{len(change.texts)} remembered"
     if isinstance(change, Codebook):
-        return f"{len(change.keys)} {'entry' if len(change.keys) == 1 else 'entries'} of {change.keys.shape[1]}"
+        n, edits = len(change.live), len(change.keys)
+        shared = f" for {edits} edits" * (edits > n)
+        low, high = change.radii[change.live].min(), change.radii[change.live].max()
+        return (
+            f"{n} {'entry' if n == 1 else 'entries'} of {change.keys.shape[1]}{shared}, radius {low:.3g} to {high:.3g}"
+        )
     return f"{len(change.tensors())} tensors"
 
 

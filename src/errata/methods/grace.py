@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, pad
+from torch.nn.utils.rnn import pad_sequence
 
 from ..changes import Codebook
 from ..edit import Edit
@@ -35,38 +37,48 @@ class GRACE(Method, name="grace"):
     rate: float = 1.0
     """Adam's learning rate."""
 
+    placement: Literal["last", "prompt"] = "last"
+    """Where the value goes: to the prompt's last token, or to all of the prompt up to it (EasyEdit's `replace_last` and
+    `replace_prompt`, less that the latter leaves out the last token itself). The second rewrites what stands before the
+    token that is recognised, so a prompt must be read in one pass.
+    """
+
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         site = lm.site(self.at)
         tokens = lm.encode([passage(e, answer=e.target) for e in edits])
         rows, cols = torch.arange(len(edits), device=lm.device), tokens.target.long().argmax(1) - 1
         keys, _ = read(lm, [site.name], tokens, rows, cols)[site.name]
-        values = self._values(lm, site, tokens, rows, cols)
-        patch = Patch()
-        for i, edit in enumerate(edits):
-            label = tokens.ids[i][tokens.target[i]]
-            entry = Codebook(
-                torch.zeros(1, dtype=torch.long),
-                keys[i : i + 1].float().cpu(),
-                values[i : i + 1].cpu(),
-                torch.tensor([self.radius]),
-                pad(label, (0, 1), value=-1)[None].cpu(),
-                torch.zeros(1, dtype=torch.long),
-            )
-            patch = patch + Patch({site.name: (entry,)}, (edit,))
-        return patch
+        book = Codebook.of(
+            torch.arange(len(edits)),
+            keys.float().cpu(),
+            self._values(lm, site, tokens, cols).cpu(),
+            torch.full((len(edits),), self.radius),
+            _labels(tokens).cpu(),
+            torch.full((len(edits),), int(self.placement == "prompt")),
+        )
+        return Patch({site.name: (book,)})
 
-    def _values(self, lm: LM, site: Site, tokens: Tokens, rows: Tensor, cols: Tensor) -> Tensor:
-        """What the layer should put out at the last token of each prompt, (edits, d_out); they start at random."""
-        start = torch.rand(len(tokens), site.shape[0], generator=torch.Generator().manual_seed(self.seed))
-        values = start.to(lm.device).requires_grad_()
+    def patches(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
+        together = self.patch(lm, edits, Patch())
+        ((name, (book,)),) = together.changes.items()
+        assert isinstance(book, Codebook)
+        return [Patch({name: (book.alone(i),)}) for i in range(len(edits))]
+
+    def _values(self, lm: LM, site: Site, tokens: Tokens, last: Tensor) -> Tensor:
+        """What the layer should put out at (or up to) the last token of each prompt, (edits, d_out).
+
+        They start at random, alike for every edit, so that a value does not hang on the edits made with it.
+        """
+        start = torch.rand(site.shape[0], generator=torch.Generator().manual_seed(self.seed))
+        values = start.repeat(len(tokens), 1).to(lm.device).requires_grad_()
         optimiser = torch.optim.Adam([values], lr=self.rate)
-
-        again = passes(lm, tokens, site.name, cols)
+        first = last if self.placement == "last" else torch.zeros_like(last)
+        again = passes(lm, tokens, site.name, first)
 
         def write(output: Tensor) -> Tensor:
-            output = output.clone()
-            output[rows, again.start] = values.to(output.dtype)
-            return output
+            cols = torch.arange(output.shape[1], device=output.device) + (first - again.start)[:, None]
+            here = (cols >= first[:, None]) & (cols <= last[:, None])
+            return torch.where(here[..., None], values[:, None].to(output.dtype), output)
 
         for _ in range(self.steps):
             with rewrite(lm, site.name, len(tokens), write):
@@ -77,3 +89,9 @@ class GRACE(Method, name="grace"):
             loss.backward()
             optimiser.step()
         return values.detach()
+
+
+def _labels(tokens: Tokens) -> Tensor:
+    """(edits, most + 1) int64: the target's tokens of every edit, -1 behind the last."""
+    parts = [ids[here] for ids, here in zip(tokens.ids, tokens.target, strict=True)]
+    return pad(pad_sequence(parts, batch_first=True, padding_value=-1), (0, 1), value=-1)
