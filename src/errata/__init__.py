@@ -20,7 +20,7 @@ from .edit import Edit
 from .errors import ErrataError, UsageError
 
 if TYPE_CHECKING:
-    from . import bench, causal, data, export
+    from . import bench, causal, data, export, history
     from .data import Case, Probe
     from .lm import LM, Site, load
     from .method import Method, methods, sequential
@@ -63,6 +63,7 @@ _WHERE = {
     "bench": "",
     "causal": "",
     "export": "",
+    "history": "",
 }
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "causal",
     "data",
     "export",
+    "history",
     "load",
     "methods",
     "sequential",

@@ -1,4 +1,4 @@
-"""The shell: `errata demo | edit | show | apply | export | bench | trace | stats | methods | anatomy`.
+"""The shell: `errata demo | edit | show | apply | export | bench | trace | methods ...`; `errata --help` lists all.
 
 A command loads, does, and shows. How commands speak (tables or JSON, warnings, errors, exit codes) is in `shell.py`,
 and PyTorch is imported inside the commands only, so that `errata --help` is there at once.
@@ -17,6 +17,7 @@ from . import shell
 from .correct import apply, edit, show
 from .demo import demo
 from .export import export
+from .history import diff, log, merge, revert
 from .look import anatomy, methods
 from .measure import bench
 from .stats import stats
@@ -55,6 +56,10 @@ for command, examples in {
         "errata export p.safetensors adapter --to peft",
         "errata export p.safetensors corrected --to checkpoint --model ./my-model",
     ],
+    log: ["errata log corrections"],
+    diff: ["errata diff a.safetensors b.safetensors", "errata diff corrections p.safetensors"],
+    merge: ["errata merge corrections p.safetensors q.safetensors", "errata merge corrections --out all.safetensors"],
+    revert: ["errata revert corrections p", 'errata revert corrections q --edit "Danielle Darrieux" --dry-run'],
     bench: ["errata bench --method rome,ft-l,grace --n 20", "errata bench --regime sequential --out report.json"],
     trace: [
         'errata trace "The mother tongue of {} is" --subject "Danielle Darrieux" --plot map.png',

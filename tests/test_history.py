@@ -1,0 +1,207 @@
+"""A folder of patches: what a model carries, what conflicts, and what taking one back does to the others."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import errata
+from errata import LM, Edit, ErrataError, Patch, UsageError
+from errata.changes import Dense, LowRank
+from errata.cli import main
+from errata.history import LOCK, MANIFEST, History, conflicts, diff, effect
+from tests import tiny
+
+BASE = {"fingerprint": "f" * 32, "name": "tiny"}
+FRANCE, KENYA = Edit(tiny.PROMPT, "France", "Lima"), Edit(tiny.PROMPT, "Kenya", "Paris")
+
+
+def patch_of(*edits: Edit, key: int = 0, base: dict[str, str] = BASE) -> Patch:
+    """A rank-one change for each edit, whose keys are unit vectors from `key` on."""
+    n = len(edits)
+    right = torch.eye(16)[key : key + n]
+    draw = torch.Generator().manual_seed(key)
+    change = LowRank(torch.arange(n), torch.randn(8, n, generator=draw), right)
+    steps = [{"method": "rome", "settings": {}, "edits": n}]
+    return Patch({"layer": (change,)}, edits, about={"base": base, "steps": steps, "versions": {}})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "corrections"
+
+
+def total(patch: Patch) -> torch.Tensor:
+    return sum((c.delta for c in patch.changes.get("layer", ())), start=torch.zeros(8, 16))
+
+
+def test_what_was_added_is_carried_in_order_and_read_again(folder: Path):
+    a, b = patch_of(FRANCE), patch_of(KENYA, key=3)
+    History(folder).add(a, "a")
+    History.open(folder).add(b, "b")
+    history = History.open(folder)
+    assert [e.file for e in history.active] == ["a.safetensors", "b.safetensors"]
+    assert history.base == BASE
+    assert history.patch().edits == (FRANCE, KENYA)
+    assert torch.equal(total(history.patch()), total(a + b))
+    assert history.conflicts() == []
+    assert not (folder / LOCK).exists()
+
+
+def test_the_same_question_with_another_answer_is_refused_unless_anyway(folder: Path):
+    history = History(folder)
+    history.add(patch_of(FRANCE), "a")
+    other = Edit("The  capital of {} is", "france", "Oslo")
+    with pytest.raises(UsageError, match="is to be both 'Lima' and 'Oslo'"):
+        history.add(patch_of(other, key=3), "b")
+    assert [e.file for e in History.open(folder).entries] == ["a.safetensors"]
+    assert not (folder / "b.safetensors").exists()
+    (found,) = history.add(patch_of(other, key=3), "b", anyway=True)
+    assert (found.kind, found.first, found.second) == ("target", FRANCE, other)
+    assert History.open(folder).conflicts() == [found]
+
+
+def test_the_same_correction_in_two_patches_is_refused(folder: Path):
+    history = History(folder)
+    history.add(patch_of(FRANCE), "a")
+    with pytest.raises(UsageError, match="is corrected twice"):
+        history.add(patch_of(FRANCE, key=3), "b")
+
+
+def test_keys_that_overlap_are_named_and_taken_in(folder: Path):
+    history = History(folder)
+    history.add(patch_of(FRANCE, key=2), "a")
+    (found,) = history.add(patch_of(KENYA, key=2), "b")
+    assert (found.kind, found.cosine, found.files) == ("keys", pytest.approx(1.0), ("a.safetensors", "b.safetensors"))
+    assert history.add(patch_of(Edit(tiny.PROMPT, "Peru", "Oslo"), key=5), "c") == []
+
+
+def test_codebooks_overlap_where_their_balls_meet():
+    def book(edit: Edit, at: float) -> Patch:
+        from errata.changes import Codebook
+
+        zero, keys = torch.zeros(1, dtype=torch.long), torch.full((1, 4), at)
+        return Patch({"m": (Codebook(zero, keys, torch.zeros(1, 3), torch.ones(1), zero[None], zero),)}, (edit,))
+
+    near, far = book(KENYA, 0.9), book(KENYA, 1.1)
+    assert [c.kind for c in conflicts({"a": book(FRANCE, 0.0), "b": near})] == ["keys"]
+    assert conflicts({"a": book(FRANCE, 0.0), "b": far}) == []
+
+
+def test_a_patch_on_top_of_what_is_carried_takes_its_place(folder: Path):
+    a = patch_of(FRANCE)
+    on_top = a + patch_of(KENYA, key=3)
+    history = History(folder)
+    history.add(a, "a")
+    assert history.add(on_top, "b") == []
+    assert [(e.file, e.state, e.by) for e in history.entries] == [
+        ("a.safetensors", "replaced", "b.safetensors"),
+        ("b.safetensors", "active", None),
+    ]
+    assert torch.equal(total(history.patch()), total(on_top))  # nothing is added twice
+
+
+def test_a_patch_or_one_edit_of_it_is_taken_back_and_no_file_is_lost(folder: Path):
+    history = History(folder)
+    history.add(patch_of(FRANCE, KENYA), "a")
+    history.add(patch_of(Edit(tiny.PROMPT, "Peru", "Oslo"), key=5), "b")
+    before = history.patch()
+    left = history.revert("a", FRANCE)
+    assert [e.subject for e in left.edits] == ["Kenya", "Peru"]  # in the place where it was
+    torch.testing.assert_close(total(left), total(before.without(FRANCE)))
+    assert [(e.file, e.state) for e in History.open(folder).entries] == [
+        ("a.safetensors", "replaced"),
+        ("a-2.safetensors", "active"),
+        ("b.safetensors", "active"),
+    ]
+    assert [e.subject for e in history.revert("a-2").edits] == ["Peru"]
+    assert {f.name for f in folder.glob("*.safetensors")} == {
+        "a.safetensors",
+        "a-2.safetensors",
+        "b.safetensors",
+    }
+    with pytest.raises(UsageError, match=r"carries no 'a.safetensors'; it carries b.safetensors"):
+        history.revert("a")
+
+
+def test_another_models_patch_a_changed_file_and_a_foreign_folder_are_refused(folder: Path, tmp_path: Path):
+    history = History(folder)
+    history.add(patch_of(FRANCE), "a")
+    with pytest.raises(ErrataError, match="the patch is for other"):
+        history.add(patch_of(KENYA, key=3, base={"fingerprint": "0" * 32, "name": "other"}), "b")
+    with pytest.raises(UsageError, match="no name for a file"):
+        history.add(patch_of(KENYA, key=3), "../b")
+    patch_of(KENYA).save(folder / "a.safetensors")
+    with pytest.raises(ErrataError, match="not the file that was added"):
+        history.patch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(UsageError, match=f"holds no {MANIFEST}"):
+        History.open(tmp_path / "mine")
+
+
+def test_only_one_process_writes_and_reading_needs_no_lock(folder: Path):
+    history = History(folder)
+    history.add(patch_of(FRANCE), "a")
+    (folder / LOCK).write_text(f"{os.getpid()}\n")
+    with pytest.raises(ErrataError, match=f"process {os.getpid()} is writing"):
+        history.add(patch_of(KENYA, key=3), "b")
+    assert len(History.open(folder).patch().edits) == 1
+    (folder / LOCK).unlink()
+    behind = History(folder)  # read before another one wrote
+    history.add(patch_of(KENYA, key=3), "b")
+    behind.add(patch_of(Edit(tiny.PROMPT, "Peru", "Oslo"), key=5), "c")
+    assert [e.file for e in History.open(folder).entries] == [f"{x}.safetensors" for x in "abc"]
+
+
+def test_diff_tells_edits_and_weights_apart():
+    a, b = patch_of(FRANCE, KENYA), patch_of(Edit(tiny.PROMPT, "France", "Oslo"), Edit(tiny.PROMPT, "Peru", "Oslo"))
+    found = diff(a, b)
+    assert [e["subject"] for e in found["only_a"]] == ["Kenya"]
+    assert [e["subject"] for e in found["only_b"]] == ["Peru"]
+    assert [[x["target"] for x in pair] for pair in found["otherwise"]] == [["Lima", "Oslo"]]
+    (weights,) = found["weights"]
+    assert (weights["norm_apart"], weights["cosine"]) == (0.0, pytest.approx(1.0))  # the same numbers, other edits
+    dense = Patch({"other": (Dense(torch.zeros(1, dtype=torch.long), torch.ones(2, 2)),)}, (KENYA,))
+    one, other = diff(a, dense)["weights"]
+    assert (one["norm_b"], other["norm_a"], other["norm_b"], other["cosine"]) == (0.0, 0.0, 2.0, None)
+
+
+@pytest.fixture(scope="module")
+def almanac() -> LM:
+    return errata.load("almanac")
+
+
+def test_taking_one_back_is_measured_on_the_others(almanac: LM, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """In the shell, on almanac: two independent corrections; one goes, the other stays."""
+    rome = errata.ROME.preset(almanac)
+    facts = [c.edit for c in errata.data.load("counterfact-mini", n=2)]
+    for name, patch in zip("ab", rome.each(almanac, facts), strict=True):
+        patch.save(tmp_path / f"{name}.safetensors")
+
+    def run(*args: str) -> dict:
+        with pytest.raises(SystemExit) as ended:
+            main([*args, "--json"])
+        said = capsys.readouterr()
+        assert ended.value.code == 0, said.err
+        return json.loads(said.out)
+
+    home = str(tmp_path / "corrections")
+    found = run("merge", home, *(str(tmp_path / f"{x}.safetensors") for x in "ab"), "--out", str(tmp_path / "all"))
+    assert (found["carries"], found["conflicts"]) == (2, [])
+    assert Patch.load(tmp_path / "all").edits == tuple(facts)
+    assert len(run("diff", home, str(tmp_path / "a.safetensors"))["only_a"]) == 1
+
+    (goes, stays) = run("revert", home, "a", "--dry-run")["effect"]
+    assert goes["before"]["says_target"]
+    assert not goes["after"]["says_target"]
+    assert (goes["stays"], stays["stays"]) == (False, True)
+    assert stays["after"]["says_target"]
+    assert [e["state"] for e in run("log", home)["entries"]] == ["active", "active"]
+    run("revert", home, "a", "--model", "none")
+    assert [e["state"] for e in run("log", home)["entries"]] == ["reverted", "active"]
+    assert effect(almanac, History.open(home).patch(), Patch())[0]["before"]["says_target"]
