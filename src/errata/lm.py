@@ -8,7 +8,7 @@ every dense decoder family of transformers 5 that was tried; where it doesn't, t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +18,7 @@ from typing import Any, Protocol, overload
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteriaList
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -273,12 +273,24 @@ class LM:
         return (found[0] if seen else found[rows, cols]).float()
 
     @overload
-    def generate(self, prompt: str, max_new_tokens: int = 20) -> str: ...  # pyright: ignore[reportOverlappingOverload]
+    def generate(  # pyright: ignore[reportOverlappingOverload]
+        self, prompt: str, max_new_tokens: int = 20, until: Callable[[str], bool] | None = None
+    ) -> str: ...
     @overload
-    def generate(self, prompt: Sequence[str], max_new_tokens: int = 20) -> list[str]: ...
+    def generate(
+        self, prompt: Sequence[str], max_new_tokens: int = 20, until: Callable[[str], bool] | None = None
+    ) -> list[str]: ...
 
-    def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 20) -> str | list[str]:
-        """The greedy continuation of a prompt, or of each of several."""
+    def generate(
+        self, prompt: str | Sequence[str], max_new_tokens: int = 20, until: Callable[[str], bool] | None = None
+    ) -> str | list[str]:
+        """The greedy continuation of a prompt, or of each of several.
+
+        Args:
+            prompt: one or several; several share their passes, and go on until the last of them ends.
+            max_new_tokens: at most; a model's own end comes before.
+            until: told a continuation so far, says whether it has gone far enough.
+        """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
@@ -286,12 +298,12 @@ class LM:
         texts = [""] * len(prompts)
         for who in dict.fromkeys(who for _, who in read):
             rows = [i for i, (_, other) in enumerate(read) if other == who]
-            said = self._answerer(who)._generated([read[i][0] + prompts[i] for i in rows], max_new_tokens)
+            said = self._answerer(who)._generated([read[i][0] + prompts[i] for i in rows], max_new_tokens, until)
             for i, text in zip(rows, said, strict=True):
                 texts[i] = text
         return texts[0] if isinstance(prompt, str) else texts
 
-    def _generated(self, prompts: list[str], max_new_tokens: int) -> list[str]:
+    def _generated(self, prompts: list[str], max_new_tokens: int, until: Callable[[str], bool] | None) -> list[str]:
         inputs = tokens.pad_left(self.tokenizer, prompts, self.device)
         length = inputs["input_ids"].shape[1]
         if self.context is not None and length + max_new_tokens > self.context:
@@ -300,21 +312,32 @@ class LM:
                 "shorten the prompt or ask for fewer tokens"
             )
         with self.frozen(), torch.no_grad():
-            out = self.continued(inputs, do_sample=False, max_new_tokens=max_new_tokens)
-        return self.tokenizer.batch_decode(
-            out[:, length:], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+            out = self.continued(inputs, self._stop(length, until), do_sample=False, max_new_tokens=max_new_tokens)
+        return self._texts(out[:, length:])
 
-    def continued(self, inputs: Mapping[str, Tensor], **settings: Any) -> Tensor:
+    def _texts(self, ids: Tensor) -> list[str]:
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _stop(self, length: int, until: Callable[[str], bool] | None) -> list[Callable[..., Tensor]]:
+        """For each row, whether what follows its first `length` tokens has gone far enough."""
+        if until is None:
+            return []
+        return [lambda ids, _scores: torch.tensor([until(t) for t in self._texts(ids[:, length:])], device=ids.device)]
+
+    def continued(
+        self, inputs: Mapping[str, Tensor], stop: Sequence[Callable[..., Tensor]] = (), **settings: Any
+    ) -> Tensor:
         """Token ids (batch, seq + new) of left-padded inputs and what follows, by these settings of generation alone.
 
         What a model ships as its own (a repetition penalty, a temperature) would otherwise fill in the others.
         """
+        stopping: Any = StoppingCriteriaList(stop)  # its annotation asks for a class; it calls what it is given
         own = self.model.generation_config
         ends = {"eos_token_id": own.eos_token_id, "pad_token_id": tokens.padding(self.tokenizer)}
         self.model.generation_config = GenerationConfig()
         try:
-            return self.model.generate(**inputs, generation_config=GenerationConfig(**ends, **settings))
+            how = GenerationConfig(**ends, **settings)
+            return self.model.generate(**inputs, generation_config=how, stopping_criteria=stopping)
         finally:
             self.model.generation_config = own
 

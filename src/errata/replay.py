@@ -38,6 +38,10 @@ class Passes(Protocol):
         """Logits (m, vocabulary) at positions of the batch; no column is before its row's start."""
         ...
 
+    def keep(self, rows: Tensor) -> None:
+        """From now on the batch is these rows of it."""
+        ...
+
 
 class FullPasses:
     """Every pass runs the whole model on every token."""
@@ -47,6 +51,9 @@ class FullPasses:
 
     def logits(self, rows: Tensor, cols: Tensor) -> Tensor:
         return self.lm.logits(rows, cols, **self.batch.inputs)
+
+    def keep(self, rows: Tensor) -> None:
+        self.batch, self.start = self.batch[rows], self.start[rows]
 
 
 class Replay:
@@ -89,6 +96,15 @@ class Replay:
     def logits(self, rows: Tensor, cols: Tensor) -> Tensor:
         with self._as_it_was(), _standing(self.still, self.entering):
             return self.lm.logits(rows, cols - self.first[rows], **self.inputs)
+
+    def keep(self, rows: Tensor) -> None:
+        """What was read of these rows stays: nothing is run again."""
+        cache = self.inputs["past_key_values"]
+        cache.batch_select_indices(rows)
+        self.kept = [dict(vars(layer)) for layer in cache.layers]
+        self.entering = _rows_of(self.entering, rows)
+        self.first, self.start = self.first[rows], self.start[rows]
+        self.inputs |= {k: v[rows] for k, v in self.inputs.items() if isinstance(v, Tensor)}
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -144,6 +160,13 @@ def _agree(replay: Replay, full: FullPasses, batch: Tokens) -> bool:
     got, want = replay.logits(rows, batch.last), full.logits(rows, batch.last)
     limit = TOLERANCE if want.dtype == torch.float32 and full.lm.dtype == torch.float32 else 0.1
     return bool((got - want).abs().max() <= limit * want.std())
+
+
+def _rows_of(output: Any, rows: Tensor) -> Any:
+    """Some rows of what a block put out, in the form it gave it."""
+    if isinstance(output, Tensor):
+        return output[rows]
+    return tuple(_rows_of(part, rows) for part in output) if isinstance(output, tuple) else output
 
 
 def _aligned(batch: Tokens, start: Tensor, before: int, after: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -123,7 +123,7 @@ class _Asking:
         out = [""] * len(questions)
         for rows in batches((lengths + NEW_TOKENS).tolist()):
             with self._patched([questions[i][0] for i in rows]):
-                texts = self.lm.generate([questions[i][1] for i in rows], max_new_tokens=NEW_TOKENS)
+                texts = self.lm.generate([questions[i][1] for i in rows], max_new_tokens=NEW_TOKENS, until=ended)
             for i, text in zip(rows, texts, strict=True):
                 out[i] = stopped(text)
         return out
@@ -172,8 +172,17 @@ def stopped(text: str) -> str:
 
     A full stop after an initial or a common abbreviation (`J. R. R. Tolkien`, `St. Louis`, `U.S. Army`) ends nothing.
     """
-    line = text.lstrip(" ").split("\n", 1)[0].rstrip()
+    line = _line(text)
     for end in re.finditer(r"[.!?。！？]+[\"'”’)]*(?=\s|$)", line):
         if end[0] != "." or not _ABBREVIATION.search(line[: end.start()]):
             return line[: end.end()]
     return line
+
+
+def ended(text: str) -> bool:
+    """Whether `stopped` says the same of this text however it goes on."""
+    return "\n" in text or len(stopped(text)) < len(_line(text))
+
+
+def _line(text: str) -> str:
+    return text.lstrip(" ").split("\n", 1)[0].rstrip()

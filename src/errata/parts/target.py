@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 TOKENS = 16_384
 """Tokens in one pass: how many edits go together. Changes the memory, not the result."""
+UNEVEN = 1.3
+"""Edits go together while the longest of them, from its subject on, has at most this many times the shortest's tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +62,20 @@ class TargetSearch:
             contexts: templates with `{}` for the prompt, the bare one first.
             merge: one v* for all edits of a subject, so that they don't fight over it (MEMIT-Merge).
         """
-        subjects = list(dict.fromkeys(e.subject if merge else i for i, e in enumerate(edits)))
-        member = torch.tensor([subjects.index(e.subject if merge else i) for i, e in enumerate(edits)])
+        number: dict[str | int, int] = {}
+        member = torch.tensor([number.setdefault(e.subject if merge else i, len(number)) for i, e in enumerate(edits)])
         rows = [p for e in edits for p in _rows(e, contexts)]
         tokens = lm.encode(rows)
         per = len(rows) // len(edits)
         together = max(1, TOKENS // (per * tokens.ids.shape[1]))
+        suffix = (tokens.last - tokens.subject).view(-1, per).max(1).values.cpu() + 1
+        groups = list(_groups(member, suffix, together))
         found: list[list[Tensor]] = []
-        for group in _groups(member, together):
+        for group in groups:
             chosen = (group[:, None] * per + torch.arange(per)).flatten().to(lm.device)
             _, owner = member[group].unique(return_inverse=True)
             found.append(_Descent(self, lm, places, tokens[chosen], owner.to(lm.device), per).run())
-        order = torch.cat(list(_groups(member, together))).argsort().to(lm.device)
+        order = torch.cat(groups).argsort().to(lm.device)
         return [torch.cat(parts)[order] for parts in zip(*found, strict=True)]
 
     def judge(self, total: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
@@ -99,16 +103,26 @@ def _rows(edit: Edit, contexts: Sequence[str]) -> list[Passage]:
     return [*(passage(edit, c, edit.target) for c in contexts), passage(is_a)]
 
 
-def _groups(member: Tensor, most: int) -> Iterator[Tensor]:
-    """Indices of edits, in batches of about `most`; those with a delta in common stay together."""
+def _groups(member: Tensor, suffix: Tensor, most: int) -> Iterator[Tensor]:
+    """Indices of edits, in batches of about `most`; those with a delta in common stay together.
+
+    A pass is as long as its longest suffix, so that edits of like suffixes go together.
+
+    Args:
+        member: (edits,) the delta of each.
+        suffix: (edits,) tokens from the subject on.
+        most: edits in a batch.
+    """
+    longest = torch.zeros(int(member.max()) + 1, dtype=suffix.dtype).scatter_reduce(0, member, suffix, "amax")
+    order = longest[member].mul(len(longest)).add(member).argsort(stable=True)
     batch: list[int] = []
-    for subject in member.unique().tolist():
-        batch += (member == subject).nonzero()[:, 0].tolist()
-        if len(batch) >= most:
+    for i in order.tolist():
+        new = bool(batch) and int(member[i]) != int(member[batch[-1]])
+        if new and (len(batch) >= most or longest[member[i]] > UNEVEN * longest[member[batch[0]]]):
             yield torch.tensor(batch)
             batch = []
-    if batch:
-        yield torch.tensor(batch)
+        batch.append(i)
+    yield torch.tensor(batch)
 
 
 class _Descent:
@@ -117,17 +131,18 @@ class _Descent:
     def __init__(
         self, how: TargetSearch, lm: LM, places: Sequence[str], tokens: Tokens, owner: Tensor, per: int
     ) -> None:
-        self.how, self.lm, self.places, self.tokens, self.owner, self.per = how, lm, places, tokens, owner, per
-        n = int(owner.max()) + 1
+        self.how, self.lm, self.places, self.owner, self.per = how, lm, places, owner, per
+        self.n = int(owner.max()) + 1
+        self.edits = torch.arange(len(owner), device=owner.device)  # those in the batch
+        self.batch = tokens
+        self.passes: Passes = passes(lm, tokens, places[0], tokens.subject)
         self.before: list[Tensor] = []  # v of every delta and place, seen in the first pass
         self.is_a = torch.empty(0)  # what followed "{subject} is a" then, for every edit
         self.deltas: list[Tensor] = []
-        self.n = n
 
     def run(self) -> list[Tensor]:
         """v* for each place, (edits, d)."""
         active = torch.arange(self.n, device=self.lm.device)
-        self._gather(active)
         self._look()
         optimiser = torch.optim.Adam(self.deltas, lr=self.how.rate)
         lead = torch.ones(self.n, device=self.lm.device)
@@ -147,16 +162,16 @@ class _Descent:
                 for delta, v, old in zip(self.deltas, self.before, kept, strict=True):
                     old[active] = _clamped(delta, v, self.how.clamp)[active]
                     delta.copy_(old)
-            if 2 * len(active) <= len(self.owner[self.edits].unique()):
-                self._gather(active)
+            self._leave(active)
         return [(v + d).detach()[self.owner] for v, d in zip(self.before, self.deltas, strict=True)]
 
-    def _gather(self, active: Tensor) -> None:
-        """Make the batch anew, of the edits that are not done."""
-        self.edits = torch.isin(self.owner, active).nonzero()[:, 0]
-        rows = (self.edits[:, None] * self.per + torch.arange(self.per, device=active.device)).flatten()
-        self.batch = self.tokens[rows]
-        self.passes: Passes = passes(self.lm, self.batch, self.places[0], self.batch.subject)
+    def _leave(self, active: Tensor) -> None:
+        """Edits that are done leave the batch."""
+        staying = torch.isin(self.owner[self.edits], active)
+        if not staying.all():
+            rows = staying.repeat_interleave(self.per).nonzero()[:, 0]
+            self.edits, self.batch = self.edits[staying], self.batch[rows]
+            self.passes.keep(rows)
 
     def _said(self) -> tuple[Tensor, Tensor]:
         """Log-probabilities at the reads of the target, (reads, vocabulary), and after "{subject} is a", (edits, .)."""
