@@ -7,7 +7,7 @@ import torch
 
 from errata import LM, Case, ErrataError, Probe
 from errata.bench import answer
-from errata.bench.answer import Answer, ask, ask_cases, batches, stopped, tolerant
+from errata.bench.answer import Answer, ask, ask_cases, batches, ended, stopped, tolerant
 
 
 def plainly(lm: LM, prompt: str, answer: str) -> tuple[list[int], list[int], float]:
@@ -111,3 +111,36 @@ def test_only_errors_of_errata_are_an_answer():
 
 def test_an_answer_is_plain_values():
     assert Answer(text="x").to_dict() == {"answer": None, "other": None, "text": "x", "unasked": None}
+
+
+def test_ending_early_changes_no_answer():
+    """Wherever a text is said to have ended, more of it makes no other answer; and it ends as early as it can be told."""
+    texts = (
+        "Paris. It is",
+        "J. R. R. Tolkien. He",
+        "St. Louis.\nThe",
+        'is "Rome." Then',
+        "3.5 and 4! Next",
+        " \n\nIs",
+        "",
+    )
+    for text in texts:
+        cut = next((i for i in range(len(text) + 1) if ended(text[:i])), None)
+        if cut is not None:
+            assert {stopped(text[:i]) for i in range(cut, len(text) + 1)} == {stopped(text)}
+    assert ended("Paris. It")
+    assert not any(map(ended, ("Paris", "Paris.", "3.", "J. R", "St. Lou")))
+
+
+def test_a_batch_is_over_when_every_answer_has_ended(lm: LM):
+    prompts = ["The capital of Peru is", "Yes"]
+    whole, asked = lm.generate(prompts, 20), []
+
+    def until(text: str) -> bool:
+        asked.append(text)
+        return len(text) > 4
+
+    found = lm.generate(prompts, 20, until)
+    assert all(w.startswith(f) for w, f in zip(whole, found, strict=True))
+    assert all(len(f) > 4 for f in found)
+    assert len(asked) < 2 * 20
