@@ -34,7 +34,7 @@ def edit(lm: LM, rome: ROME, fact: Edit) -> tuple[Tensor, Tensor]:
 
 
 def answers(lm: LM, cases: Sequence[Case], rome: ROME) -> list[list[str]]:
-    """Every case edited by itself: what the model says to the case's probes before, and after, each case in one batch."""
+    """Every case edited by itself: what the model says to its probes before and after, each case in one batch."""
     out = []
     for case in cases:
         _ask(lm, case)

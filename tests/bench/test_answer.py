@@ -114,7 +114,7 @@ def test_an_answer_is_plain_values():
 
 
 def test_ending_early_changes_no_answer():
-    """Wherever a text is said to have ended, more of it makes no other answer; and it ends as early as it can be told."""
+    """Wherever a text is said to have ended, more of it makes no other answer; and it is said as soon as it can be."""
     texts = (
         "Paris. It is",
         "J. R. R. Tolkien. He",

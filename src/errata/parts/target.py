@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 TOKENS = 16_384
 """Tokens in one pass: how many edits go together. Changes the memory, not the result."""
 UNEVEN = 1.3
-"""Edits go together while the longest of them, from its subject on, has at most this many times the shortest's tokens."""
+"""Edits go together while the longest, from its subject on, has at most this many times the tokens of the shortest."""
 
 
 @dataclass(frozen=True, kw_only=True)
