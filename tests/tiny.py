@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import string
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,8 +16,9 @@ import torch
 import transformers as T
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from errata import LM, Edit, Method, tokens
+from errata import LM, Case, Edit, Method, Probe, tokens
 from errata.parts.target import TargetSearch
+from errata.train import Course
 
 T.logging.set_verbosity_error()
 
@@ -166,11 +168,48 @@ def small_settings(method: type[Method], lm: LM, corpus_file: str) -> Method:
     small: dict[str, Any] = {"corpus": corpus_file, "lengths": ((3, 2),), "steps": 20}
     if issubclass(method, TargetSearch):  # facts are read off early in so small a model, and its values are short
         small |= {"layer": 0, "layers": (0, 1), "clamp": 20.0, "kl": 0.0}
+    if method.trained:
+        small |= {"at": (0, 1), "rank": 16, "step": 1e-2, "weight": 1.0}
+        small["editor"] = editor(method, lm, {k: v for k, v in small.items() if k in _names(method)})
     if method.name == "ultraedit":
         small |= {"at": (0, 1), "rate": 1e-3}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return method.preset(lm, **{f.name: small[f.name] for f in fields(method) if f.name in small})
+
+
+# Learned editors
+
+
+def _names(method: type[Method]) -> set[str]:
+    return {f.name for f in fields(method)}
+
+
+def cases() -> list[Case]:
+    """The capitals, each with another country's, for editors to learn from."""
+    names = list(CAPITALS)
+    found = []
+    for i, (country, other) in enumerate(zip(names, names[5:] + names[:5], strict=True)):
+        edit = Edit(PROMPT, country, CAPITALS[other], CAPITALS[country])
+        same = [Probe("paraphrase", f"{country} has its capital at", edit.target)]
+        near = [Probe("neighbourhood", PROMPT.format(n), CAPITALS[n]) for n in names[i - 3 : i] or names[-3:]]
+        found.append(Case(i, edit, (*same, *near)))
+    return found
+
+
+_editors: dict[tuple[str, str, str], str] = {}
+_folder = tempfile.TemporaryDirectory()
+
+
+def editor(method: type[Method], lm: LM, settings: dict[str, Any]) -> str:
+    """A trained editor's file, made once a session for each model."""
+    key = method.name, lm.fingerprint, str(settings)
+    if key not in _editors:
+        path = f"{_folder.name}/{len(_editors)}.safetensors"
+        made: Any = method(**settings)
+        made.train(lm, cases(), Course(steps=12, batch=4, rate=3e-3, every=6, held=2), out=path)
+        _editors[key] = path
+    return _editors[key]
 
 
 # What must come back, and what is asked

@@ -6,7 +6,6 @@ JSON header. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import threading
@@ -146,7 +145,7 @@ class Patch:
             "edits": [e.to_dict() for e in self.edits],
             "about": self.about,
         }
-        header["digest"] = _digest(tensors, header)
+        header["digest"] = store.digest(tensors, header)
         store.write(path, to_bytes(tensors, metadata={"errata": json.dumps(header, sort_keys=True)}))
 
     @classmethod
@@ -171,7 +170,7 @@ class Patch:
             header = json.loads(metadata["errata"])
             if header["format"] > FORMAT:
                 raise ErrataError(f"{str(path)!r} was written by a newer errata (format {header['format']}); upgrade")
-            if header.pop("digest") != _digest(tensors, header):
+            if header.pop("digest") != store.digest(tensors, header):
                 raise ValueError("it is not what was saved")
             return cls._from(header, tensors)
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -274,12 +273,3 @@ def _steps(earlier: Sequence[dict[str, Any]], later: Sequence[dict[str, Any]]) -
 def _base(patch: Patch) -> str:
     base = patch.about.get("base", {})
     return f"{base.get('name', 'an unnamed model')} ({base.get('fingerprint', '')[:8]})"
-
-
-def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-        digest.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -39,6 +39,13 @@ def settings(method: str, lm: LM | str) -> dict[str, Any]:
     return _scaled(method, name, config if config is not None else models[name]["match"])
 
 
+def course(method: str, lm: LM) -> dict[str, Any]:
+    """How an editor for a model is trained, where that was tuned: `{field: value}`."""
+    model = recognised(lm.config)
+    found = _tables()["models"][model].get("courses", {}) if model else {}
+    return {k: v for k, v in found.get(method, {}).items() if k != "source"}
+
+
 def recognised(config: Any) -> str | None:
     """The name of the listed model whose shape a config has."""
     return next((name for name, t in _tables()["models"].items() if _matches(config, t["match"])), None)

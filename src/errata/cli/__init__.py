@@ -22,6 +22,7 @@ from .look import anatomy, methods
 from .measure import bench
 from .stats import stats
 from .trace import trace
+from .train import train
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -66,6 +67,10 @@ for command, examples in {
         "errata trace --data counterfact-mini --n 50 --model openai-community/gpt2",
     ],
     stats: ["errata stats --model ./my-model --text corpus.txt --layers 4-8"],
+    train: [
+        "errata train mend --data counterfact-mini --out mend.safetensors",
+        "errata train mend --model ./my-model --data train.json --set at=29,30,31 --out mend.safetensors",
+    ],
     methods: ["errata methods", "errata methods rome"],
     anatomy: ["errata anatomy almanac", "errata anatomy openai-community/gpt2"],
 }.items():

@@ -12,6 +12,7 @@ from .grace import GRACE
 from .ike import ICE, IKE, Retrieval
 from .kn import KN
 from .memit import MEMIT
+from .mend import MEND
 from .pmet import PMET
 from .r_rome import RROME
 from .rome import ROME
@@ -27,6 +28,7 @@ __all__ = [
     "IKE",
     "KN",
     "MEMIT",
+    "MEND",
     "PMET",
     "ROME",
     "RROME",

@@ -44,7 +44,7 @@ class Layer(nn.Module):
     def __init__(self, size: int, rank: int, matrices: int, first: Literal["scale", "relu"]) -> None:
         super().__init__()
         self.first = first
-        self.V = nn.Parameter(torch.randn(rank, size))
+        self.V = nn.Parameter(torch.randn(rank, size) / size**0.5)  # V y as large as y, and a step of Adam small
         self.U = nn.Parameter(torch.zeros(size, rank))
         self.bias = nn.Parameter(torch.zeros(size))
         self.scale = nn.Parameter(torch.ones(matrices, size))

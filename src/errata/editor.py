@@ -1,0 +1,93 @@
+"""A trained editor: the tensors of a network that makes edits, in one safetensors file with a JSON header.
+
+The header says which model it was trained on, by which method with which settings, on what, and how its losses went. An
+editor works on that model only, and is refused on another. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from . import store
+from .errors import ErrataError, UsageError
+from .lm import ALMANAC, LM
+
+FORMAT = 1
+SHIPPED = ALMANAC / "editors"
+
+
+@dataclass(frozen=True, eq=False)
+class Editor:
+    """What training gives."""
+
+    tensors: Mapping[str, Tensor]
+    """The network's state."""
+    about: Mapping[str, Any]
+    """`base` (fingerprint and name of the model), `method`, `settings`, `training` (course, data, losses), `versions`;
+    of a training that goes on, `progress` as well."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the editor to one safetensors file, whole or not at all."""
+        tensors = {k: t.detach().cpu().contiguous() for k, t in self.tensors.items()}
+        header = {"format": FORMAT, "about": dict(self.about)}
+        header["digest"] = store.digest(tensors, {"format": FORMAT, "about": dict(self.about)})
+        store.write(path, to_bytes(tensors, metadata={"errata-editor": json.dumps(header, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read an editor.
+
+        Raises:
+            UsageError: there is no such file.
+            ErrataError: it is damaged, or no editor.
+        """
+        if not Path(path).is_file():
+            raise UsageError(f"there is no file {str(path)!r}; give an editor that `errata train` wrote")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            raise ErrataError(f"{str(path)!r} is damaged or no safetensors file ({error}); get a whole copy") from error
+        if "errata-editor" not in metadata:
+            raise ErrataError(f"{str(path)!r} holds no editor; give a file that `errata train` wrote")
+        try:
+            header = json.loads(metadata["errata-editor"])
+            if header["format"] > FORMAT:
+                raise ErrataError(f"{str(path)!r} was written by a newer errata (format {header['format']}); upgrade")
+            if header.pop("digest") != store.digest(tensors, header):
+                raise ValueError("it is not what was saved")
+            return cls(tensors, header["about"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ErrataError(f"{str(path)!r} is damaged: {error}; get a whole copy") from error
+
+    def check(self, method: str, lm: LM) -> None:
+        """Refuse the editor for another method or model than it was trained for.
+
+        Raises:
+            ErrataError: it doesn't fit.
+        """
+        base = self.about["base"]
+        if self.about["method"] != method:
+            raise ErrataError(f"the editor was trained for {self.about['method']}, not for {method}; give one that was")
+        if base["fingerprint"] != lm.fingerprint:
+            raise ErrataError(
+                f"the editor was trained on {base['name']} ({base['fingerprint'][:8]}), this model is {lm.name} "
+                f"({lm.fingerprint[:8]}); train one for it: errata train {method} --model {lm.name}"
+            )
+        if "progress" in self.about:
+            raise ErrataError("the editor's training is not finished; the command that began it goes on with it")
+
+
+def find(name: str) -> Editor:
+    """An editor by the name of one that ships with errata, or by its path."""
+    shipped = SHIPPED / f"{name}.safetensors"
+    return Editor.load(shipped if shipped.is_file() else name)

@@ -1,0 +1,131 @@
+"""MEND: a network that has learned to turn the rank-one pieces of an edit's gradient into a good update."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Case
+from ..edit import Edit
+from ..lm import LM, Site
+from ..parts.hyper import TapNet
+from ..parts.outer import losses, own, questions
+from ..parts.taps import Taps, Which, change, places, tap
+from ..patch import Patch
+from ..train import Losses, Trained
+
+Factors = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""By matrix: the edit each row belongs to (m,), left (m, d_out), right (m, d_in); the update is left^T right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEND(Trained, name="mend"):
+    """dW = -rate sum over tokens of g~ k~^T, where (k~, g~) is a network's answer to a token's (k, g), section 3.
+
+    The rate is learned for each matrix, one network serves all matrices of a shape, and its inputs are normalised. (The
+    authors' code adds and lets the rates find their sign; here they are positive, and it begins as a descent.)
+    """
+
+    paper = "Mitchell et al. 2022, Fast Model Editing at Scale"
+    source = "https://arxiv.org/abs/2110.11309"
+
+    at: tuple[int | str, ...] = ()
+    """The matrices to change, by name; a layer's number stands for all matrices of its MLP."""
+    rank: int = 1920
+    """Of the network's layers."""
+    depth: int = 2
+    """How many they are."""
+    step: float = 1e-4
+    """The rate that training begins with."""
+    weight: float = 0.1
+    """How much the edit counts against what shall stay (c_edit)."""
+    tokens: Which = "all"
+    """What of a text is looked at: every token, or only where the target is read off."""
+
+    first: ClassVar[Literal["scale", "relu"]] = "scale"
+    """How the network's layers are built (`hyper.Layer`)."""
+
+    # Editing
+
+    def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
+        how, network = self.ready(lm)
+        found = how.made(lm, network, edits)
+        return Patch({name: (change(*parts),) for name, parts in found.items()})
+
+    def patches(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
+        how, network = self.ready(lm)
+        found = how.made(lm, network, edits)
+        return [Patch({name: (change(*_of(i, parts)),) for name, parts in found.items()}) for i in range(len(edits))]
+
+    @torch.no_grad()
+    def made(self, lm: LM, network: nn.Module, edits: Sequence[Edit]) -> Factors:
+        """The updates of edits, in shared passes."""
+        sites = places(lm, self.at)
+        return self.factors(lm, network, sites, tap(lm, sites, edits, self.tokens), edits)
+
+    def factors(self, lm: LM, network: Any, sites: Sequence[Site], seen: Taps, edits: Sequence[Edit]) -> Factors:
+        """What the network makes of taps."""
+        found: Factors = {}
+        for site, net, number in numbered(network, sites):
+            k, g = net(seen.K[site.name], seen.G[site.name], number)
+            found[site.name] = seen.owner, -net.log_rate[number].exp() * g, k
+        return found
+
+    # Training
+
+    def network(self, lm: LM) -> nn.Module:
+        shapes = [site.shape for site in places(lm, self.at)]
+        return nn.ModuleDict(
+            {
+                _key(s): TapNet(s[1], s[0], min(self.rank, sum(s)), self.depth, shapes.count(s), self.step, self.first)
+                for s in dict.fromkeys(shapes)
+            }
+        )
+
+    def fit(self, lm: LM, network: Any, cases: Sequence[Case]) -> None:
+        sites = places(lm, self.at)
+        seen = tap(lm, sites, [c.edit for c in cases], self.tokens)
+        for site, net, _ in numbered(network, sites):
+            net.normal.update(torch.cat([seen.K[site.name], seen.G[site.name]], 1))
+
+    def learn(self, lm: LM, network: nn.Module, cases: Sequence[Case], draw: random.Random) -> Losses:
+        total, parts = self._losses(lm, network, cases, draw)
+        total.backward()
+        return parts
+
+    def judge(self, lm: LM, network: nn.Module, cases: Sequence[Case], draw: random.Random) -> Losses:
+        return self._losses(lm, network, cases, draw)[1]
+
+    def _losses(self, lm: LM, network: nn.Module, cases: Sequence[Case], draw: random.Random) -> tuple[Tensor, Losses]:
+        edits, sites = [c.edit for c in cases], places(lm, self.at)
+        asked = questions(lm, cases, draw)
+        with own(sites, self.factors(lm, network, sites, tap(lm, sites, edits, self.tokens), edits)):
+            edit, stay = losses(lm, asked)
+        total = self.weight * edit + stay
+        return total, {"total": total.item(), "edit": edit.item(), "stay": stay.item()}
+
+
+def numbered(network: Mapping[str, Any], sites: Sequence[Site]) -> list[tuple[Site, Any, int]]:
+    """Every matrix, the network of its shape, and its number among those of the shape."""
+    seen: dict[str, int] = {}
+    found = []
+    for site in sites:
+        key = _key(site.shape)
+        found.append((site, network[key], seen.setdefault(key, 0)))
+        seen[key] += 1
+    return found
+
+
+def _key(shape: tuple[int, int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _of(edit: int, parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    owner, left, right = parts
+    own = owner == edit
+    return torch.zeros_like(owner[own]), left[own], right[own]

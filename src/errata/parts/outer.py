@@ -1,0 +1,93 @@
+"""The outer loop of learned editors: what an update does to the questions about its edit, with gradients.
+
+Every edit of a batch has a model of its own: its update stands beside the weights on its own rows, so that a batch of
+single edits costs what as many questions cost. Or all edits share one update (`weights`), as MALMEN's do.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, linear, log_softmax
+from torch.nn.utils.rnn import pad_sequence
+
+from ..data import Case
+from ..lm import LM, Site
+from ..tokens import Tokens, follow
+from ..trace import beside
+from .taps import nll
+
+ROWS = 4
+"""Questions on an edit: its own prompt, the same in other words, a neighbour, and something unrelated."""
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """Those on a batch of edits, `ROWS` on each, and what the unedited model answers where nothing shall change."""
+
+    tokens: Tokens
+    keep: Tensor
+    """(m,) bool, at the reads: whether nothing shall change there."""
+    before: Tensor
+    """Log-probabilities there, (kept reads, vocabulary)."""
+
+
+def questions(lm: LM, cases: Sequence[Case], draw: random.Random) -> Questions:
+    """Draw the questions of a batch."""
+    found = []
+    for number, case in enumerate(cases):
+        other = cases[(number + 1 + draw.randrange(max(1, len(cases) - 1))) % len(cases)]
+        near = [p for p in case.probes if p.kind == "neighbourhood"] or list(other.probes[1:]) or other.probes
+        same = [p for p in case.probes if p.kind == "paraphrase"] or [case.probes[0]]
+        far = [p for p in other.probes if p.kind == "neighbourhood"] or [other.probes[0]]
+        drawn = case.probes[0], draw.choice(same), draw.choice(near), draw.choice(far)
+        found += [follow(p.prompt, p.answer) for p in drawn]
+    tokens = lm.encode(found)
+    keep = tokens.reads[0] % ROWS >= 2
+    with torch.no_grad():
+        rows, cols = tokens.reads
+        before = log_softmax(lm.logits(rows[keep], cols[keep], **tokens.inputs), -1)
+    return Questions(tokens, keep, before)
+
+
+def losses(lm: LM, asked: Questions) -> tuple[Tensor, Tensor]:
+    """Of the model as it is now: mean NLL of what shall be said, and mean KL where nothing shall change."""
+    logits = lm.logits(*asked.tokens.reads, **asked.tokens.inputs)
+    said = nll(logits, asked.tokens).view(-1, ROWS)[:, :2].mean()
+    now = log_softmax(logits[asked.keep], -1)
+    return said, kl_div(now, asked.before, log_target=True, reduction="batchmean")
+
+
+@contextmanager
+def own(sites: Sequence[Site], factors: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
+    """While inside, every edit's rows see its own update, left^T right.
+
+    Args:
+        sites: the matrices.
+        factors: by matrix: the edit each row belongs to, (m,); left (m, d_out); right (m, d_in).
+    """
+    with ExitStack() as stack:
+        for site in sites:
+            owner, left, right = factors[site.name]
+            order, sizes = owner.argsort(stable=True), owner.bincount().tolist()
+            L, R = (pad_sequence(list(t[order].split(sizes)), batch_first=True) for t in (left, right))
+
+            def added(x: Tensor, L: Tensor = L, R: Tensor = R) -> Tensor:
+                return x.reshape(len(R), -1, x.shape[-1]) @ R.mT @ L
+
+            stack.enter_context(beside(site.module, added))
+        yield
+
+
+@contextmanager
+def weights(sites: Sequence[Site], deltas: Mapping[str, Tensor]) -> Iterator[None]:
+    """While inside, every row sees the same updates (d_out, d_in)."""
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(beside(site.module, lambda x, delta=deltas[site.name]: linear(x, delta)))
+        yield
