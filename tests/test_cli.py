@@ -273,14 +273,31 @@ def test_bench_reports_every_method(sh: Any, ok: Any, model: str, cases: Path, t
     options = ["--model", model, "--data", cases, "--set", "steps=3"]
     out = tmp_path / "report.json"
     both = ok("bench", "--method", "ft,grace", *options, "--out", out)
-    assert [r["about"]["method"] for r in both] == ["ft", "grace"]
+    assert [r["method"] for r in both["about"]["runs"]] == ["ft", "grace"]
+    assert [r["method"] for r in both["rows"]] == ["ft", "ft", "grace", "grace"]
     assert json.loads(out.read_text()) == both
     one = ok("bench", "--method", "ft", "-n", "1", "--regime", "sequential", *options)
-    assert (one["about"]["regime"], one["about"]["n"]) == ("sequential", 1)
+    assert [(r["regime"], r["n"]) for r in one["about"]["runs"]] == [("sequential", 1)]
     text = sh("bench", "--method", "ft", "--regime", "batch", *options).out
-    assert "ft on" in text
-    assert "batch=2" in text
-    assert "reliability" in text
+    for word in ("methods on", "batch=2", "reliability", "forced"):
+        assert word in text
+
+
+def test_bench_keeps_a_run_in_a_folder_and_its_file_gives_it_again(
+    sh: Any, ok: Any, model: str, cases: Path, tmp_path: Path
+):
+    options = ["--model", model, "--data", cases, "--set", "steps=3", "--regime", "single,sequential"]
+    first = ok("bench", "--method", "ft,grace", *options, "--out", tmp_path / "a")
+    names = {p.name for p in (tmp_path / "a").iterdir()}
+    assert names == {"journal.jsonl", "state", "run.yaml", "report.json", "report.md", "report.html"}
+    assert ok("bench", tmp_path / "a" / "run.yaml", "--out", tmp_path / "a") == first
+    again = ok("bench", tmp_path / "a" / "run.yaml", "--out", tmp_path / "b")
+    assert again["rows"] == first["rows"]
+    other = [*options[:-1], "single"]
+    refused(sh("bench", "--method", "ft,grace", *other, "--out", tmp_path / "a"), 2, "holds another run", "regime")
+    found = ok("bench", "--compare", tmp_path / "a", tmp_path / "b" / "report.json")
+    assert {(d["first"] == d["second"], d["low"], d["high"]) for d in found} == {(True, 0.0, 0.0)}
+    assert "second minus first" in sh("bench", "--compare", tmp_path / "a", tmp_path / "b").out
 
 
 # Tracing

@@ -19,6 +19,7 @@ from ..errors import ErrataError
 from ..lm import LM
 from ..patch import Patch, applied_by_row
 from ..tokens import Passage, Tokens, follow
+from . import memory
 
 TOKENS = 4096
 """Tokens in one pass, padding included. Changes the memory, not the answers."""
@@ -54,6 +55,17 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Answer:
+        """The answer that `to_dict` gave, to the bit."""
+        return cls(_spoken_again(found["answer"]), _spoken_again(found["other"]), found["text"], found["unasked"])
+
+
+def _spoken_again(found: Mapping[str, Any] | None) -> Spoken | None:
+    if found is None:
+        return None
+    return Spoken(tuple(found["ids"]), tuple(found["argmax"]), found["logprob"])
 
 
 def ask(lm: LM, probes: Sequence[Probe], patches: Sequence[Patch] | None = None) -> list[Answer]:
@@ -111,25 +123,45 @@ class _Asking:
         """Read answers with teacher forcing."""
         tokens = self.lm.encode([passage for _, passage in questions])
         out: list[Spoken | None] = [None] * len(questions)
-        for rows in batches(tokens.mask.sum(1).tolist()):
+
+        def read(rows: list[int]) -> None:
             with self._patched([questions[i][0] for i in rows]):
                 for i, spoken in zip(rows, _spoken(self.lm, _only(tokens, rows)), strict=True):
                     out[i] = spoken
+
+        for rows in batches(tokens.mask.sum(1).tolist()):
+            fitting(read, rows)
         return [spoken for spoken in out if spoken is not None]
 
     def listen(self, questions: list[tuple[int, str]]) -> list[str]:
         """Let the model answer by itself."""
         lengths = self.lm.encode([Passage(prompt) for _, prompt in questions]).mask.sum(1)
         out = [""] * len(questions)
-        for rows in batches((lengths + NEW_TOKENS).tolist()):
+
+        def hear(rows: list[int]) -> None:
             with self._patched([questions[i][0] for i in rows]):
                 texts = self.lm.generate([questions[i][1] for i in rows], max_new_tokens=NEW_TOKENS, until=ended)
             for i, text in zip(rows, texts, strict=True):
                 out[i] = stopped(text)
+
+        for rows in batches((lengths + NEW_TOKENS).tolist()):
+            fitting(hear, rows)
         return out
 
     def _patched(self, rows: Sequence[int]) -> AbstractContextManager[Any]:
         return nullcontext() if self.patches is None else applied_by_row(self.lm, [self.patches[i] for i in rows])
+
+
+def fitting(do: Callable[[list[int]], None], rows: list[int]) -> None:
+    """`do(rows)`, or where memory runs out the same in halves."""
+    try:
+        return do(rows)
+    except (RuntimeError, MemoryError) as error:
+        if len(rows) == 1 or not memory.exhausted(error):
+            raise
+    half = len(rows) // 2  # outside the handler, which would keep the failed pass alive
+    fitting(do, rows[:half])
+    fitting(do, rows[half:])
 
 
 def batches(lengths: Sequence[int], most: int = TOKENS) -> Iterator[list[int]]:

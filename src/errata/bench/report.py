@@ -48,7 +48,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return _plain({"about": self.about, "summary": self.summary, "rows": self.rows})
+        return plain({"about": self.about, "summary": self.summary, "rows": self.rows})
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, whole or not at all."""
@@ -117,11 +117,12 @@ def _caption(about: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: no tuples, and null for a number that is not finite."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -4,20 +4,23 @@
 - batch=N: N edits at once, then their evaluation, then the weights go back.
 - sequential: batch after batch on top of each other; evaluated only when all are made.
 
-An edit that can't be made costs no other edit: it is a row with an `error` that scores 0.
+An edit that can't be made costs no other edit: it is a row with an `error` that scores 0. What was found is kept in a
+journal as it is found, and a run that has one goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..data import Case, Probe
 from ..edit import Edit
@@ -25,14 +28,26 @@ from ..errors import ErrataError, UsageError
 from ..lm import LM
 from ..method import Method, versions
 from ..patch import Patch
-from . import answer, metrics
+from . import answer, memory, metrics
 from .answer import Answer, ask_cases, tolerant
+from .journal import Cell, Record
 from .report import FORMAT, Report
+
+log = logging.getLogger(__name__)
 
 TOGETHER = 64
 """Single edits made and asked together, at most."""
 ROOM = 2**28
 """Bytes of patches held at a time in the single regime."""
+SLICE = 256
+"""Cases asked between two records of the journal."""
+KEEP_EVERY = 60.0
+"""Seconds of editing after which a sequential run keeps its patch."""
+CHECKPOINTS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000)
+"""After so many cases a sequential run is asked about them, to see what it retains."""
+
+TIMES = ("preparing", "editing", "evaluating")
+"""What takes time: what a method needs once of the unedited model, the edits, and the questions to edited models."""
 
 Progress = Callable[[int, int], None]
 Outcome = list[Answer] | ErrataError
@@ -49,6 +64,8 @@ def run(
     prior: Patch | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoints: Sequence[int] = (),
+    journal: Cell | None = None,
 ) -> Report:
     """Edit, ask before and after, score.
 
@@ -56,11 +73,13 @@ def run(
         method: how to edit. One that is not `batched` makes the edits of a batch one after another.
         lm: the unedited model; it is left exactly as it was.
         cases: the edits and what judges them.
-        batch: how many edits are made at once.
+        batch: how many cases are edited at once.
         keep: whether edits stay while the next are made (sequential), or go back first.
         prior: where to go on with a sequential run: the patch of the edits already made, which are not made again.
         seed: of the intervals. (What the method draws hangs on its own seed.)
         progress: called with (cases edited, all cases) as it goes.
+        checkpoints: after how many cases a sequential run is asked about those so far (`about.retention`).
+        journal: what is found is kept there, and what it holds is not done again.
 
     Raises:
         UsageError: no cases, a batch of none, or `prior` without `keep`.
@@ -74,11 +93,14 @@ def run(
         raise UsageError("prior is where a sequential run goes on; give keep=True with it")
     if lm.patched:
         raise UsageError("the model has a patch applied; leave it, and give a sequential run the patch as `prior`")
-    work = _Run(method, lm, list(cases), batch, progress)
+    work = _Run(method, lm, list(cases), batch, progress, journal or Cell(), tuple(checkpoints))
     before = work.before()
     regime, after = work.sequential(prior) if keep else work.batches() if batch > 1 else work.single()
     rows = [_row(c, method, regime, b, a) for c, b, a in zip(cases, before, after, strict=True)]
-    return Report(_about(work, regime, rows, seed), rows, metrics.summarise([r["metrics"] for r in rows], seed))
+    about = _about(work, regime, rows, seed)
+    if keep and checkpoints:
+        about["retention"] = _retention(work, rows, before, seed)
+    return Report(about, rows, metrics.summarise([r["metrics"] for r in rows], seed))
 
 
 @dataclass
@@ -88,70 +110,168 @@ class _Run:
     cases: list[Case]
     batch: int
     progress: Progress | None
-    seconds: dict[str, float] = field(default_factory=lambda: {"editing": 0.0, "evaluating": 0.0})
-    done: int = 0
+    journal: Cell
+    checkpoints: tuple[int, ...] = ()
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMES, 0.0))
+    """Since the last record."""
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMES, 0.0))
+    """In all records."""
+    ready: bool = False
+    """Whether the method has what it needs once of the unedited model."""
+    peak: int | None = None
+    flops: float | None = None
+    """Of one edit."""
+    counted: tuple[int, int] | None = None
+    """Floating-point operations and edits of the first group, until they are in a record."""
 
     def single(self) -> tuple[str, list[Outcome]]:
         out: list[Outcome] = []
         together = 1  # the first patch tells how many can be held
+        for past in self._past("group"):
+            out += _outcomes(past)
+            together = past["together"]
         while len(out) < len(self.cases):
             group = self.cases[len(out) : len(out) + together]
-            patches = self._each([c.edit for c in group])
-            out += self._single_answers(group, patches)
-            self._tell(len(group))
+            try:
+                patches = self._each(group)
+                found = self._single_answers(group, patches)
+            except (RuntimeError, MemoryError) as error:
+                if together == 1 or not memory.exhausted(error):
+                    raise
+                together //= 2
+                log.warning("memory ran out; %s goes on with %d edits at a time", self.method.name, together)
+                continue
             size = max((p.bytes for p in patches if isinstance(p, Patch)), default=1)
             together = max(1, min(TOGETHER, ROOM // max(size, 1)))
+            out += found
+            self._keep("group", outcomes=_plain(found), together=together)
+            self._tell(len(out))
         return "single", _some(out)
 
     def batches(self) -> tuple[str, list[Outcome]]:
-        out: list[Outcome] = []
-        for group in self._groups():
-            patch, failed = self._at_once([c.edit for c in group], Patch())
-            out += self._patched_answers(group, patch, failed)
-            self._tell(len(group))
+        return self._halving(self._batches)
+
+    def _batches(self) -> tuple[str, list[Outcome]]:
+        out: list[Outcome] = [o for past in self._past("group") for o in _outcomes(past)]
+        while len(out) < len(self.cases):
+            group = self.cases[len(out) : len(out) + self.batch]
+            patch, failed = self._at_once(group, Patch())
+            found = self._patched_answers(group, patch, failed)
+            out += found
+            self._keep("group", outcomes=_plain(found))
+            self._tell(len(out))
         return f"batch={self.batch}", _some(out)
 
     def sequential(self, prior: Patch | None) -> tuple[str, list[Outcome]]:
+        return self._halving(lambda: self._sequence(prior))
+
+    def _sequence(self, prior: Patch | None) -> tuple[str, list[Outcome]]:
         patch, failed = prior or Patch(), []
+        for past in self._past("made", "checkpoint"):
+            if past["kind"] == "made":
+                failed = [ErrataError(why) if why else None for why in past["failed"]]
+                self._tell(len(failed))
         made = Counter(patch.edits)
-        for group in self._groups():
-            todo = [c.edit for c in group if not _struck(made, c.edit)]
-            patch, errors = self._at_once(todo, patch)
-            found = dict(zip(todo, errors, strict=True))
-            failed += [found.get(c.edit) for c in group]
-            self._tell(len(group))
-        return "sequential", _some(self._patched_answers(self.cases, patch, failed))
+        for case in self.cases[: len(failed)]:
+            _struck(made, case)
+        if failed:
+            patch = self._kept(len(failed)) if len(failed) < len(self.cases) or not self._asked() else patch
+        kept = time.perf_counter()
+        self._look_back(patch, failed)
+        while len(failed) < len(self.cases):
+            group = self.cases[len(failed) : len(failed) + self.batch]
+            todo = [not _struck(made, c) for c in group]
+            patch, errors = self._at_once([c for c, new in zip(group, todo, strict=True) if new], patch)
+            found = iter(errors)
+            failed += [next(found) if new else None for new in todo]
+            self._tell(len(failed))
+            if self._due(failed) or len(failed) == len(self.cases) or time.perf_counter() - kept > KEEP_EVERY:
+                self._keep_patch(patch, failed)
+                kept = time.perf_counter()
+            self._look_back(patch, failed)
+        return "sequential", _some(self._last_answers(patch, failed))
+
+    def _last_answers(self, patch: Patch, failed: list[ErrataError | None]) -> list[Outcome]:
+        """What is answered when all edits are made, slice by slice."""
+        out: list[Outcome] = [o for past in self._past("answers") for o in _outcomes(past)]
+        while len(out) < len(self.cases):
+            some = slice(len(out), len(out) + SLICE)
+            found = self._patched_answers(self.cases[some], patch, failed[some])
+            out += found
+            self._keep("answers", outcomes=_plain(found))
+        self._forget(self.journal.past("made"))
+        return out
+
+    def _asked(self) -> bool:
+        return sum(len(past["outcomes"]) for past in self.journal.past("answers")) == len(self.cases)
+
+    def _due(self, failed: list[ErrataError | None]) -> bool:
+        """Whether the run is at a checkpoint that is not yet in the journal."""
+        past = [r["after"] for r in self.journal.past("checkpoint")]
+        passed = [k for k in self.checkpoints if k <= len(failed) < len(self.cases)]
+        return bool(passed) and (not past or past[-1] < passed[-1])
+
+    def _look_back(self, patch: Patch, failed: list[ErrataError | None]) -> None:
+        """At a checkpoint: ask about the edits made so far."""
+        if self._due(failed):
+            found = self._patched_answers(self.cases[: len(failed)], patch, failed)
+            self._keep("checkpoint", after=len(failed), outcomes=_plain(found))
+
+    def _halving(self, do: Callable[[], tuple[str, list[Outcome]]]) -> tuple[str, list[Outcome]]:
+        """`do()`, and where memory runs out anew with half the batch: a number is of one size of batch."""
+        for past in self.journal.past("anew"):
+            self.batch = past["batch"]
+        while True:
+            try:
+                return do()
+            except (RuntimeError, MemoryError) as error:
+                if self.batch == 1 or not memory.exhausted(error):
+                    raise
+            self.batch = (self.batch + 1) // 2
+            log.warning("memory ran out; %s begins anew with %d edits at once", self.method.name, self.batch)
+            self.journal.add("anew", batch=self.batch)
+            self.seconds = dict.fromkeys(self.seconds, 0.0)
+            self.spent = dict.fromkeys(self.spent, 0.0)
 
     # Editing
 
-    def _groups(self) -> Iterator[list[Case]]:
-        for start in range(0, len(self.cases), self.batch):
-            yield self.cases[start : start + self.batch]
+    def _each(self, cases: list[Case]) -> list[Patch | ErrataError]:
+        """A patch for each case by itself."""
+        with self._counting(sum(len(c.edits) for c in cases)), self._timed("editing"):
+            if all(not c.also for c in cases):
+                return tolerant(lambda some: self.method.each(self.lm, some), [c.edit for c in cases])
+            made = [self._made([c], Patch()) for c in cases]
+        return [failed[0] or patch for patch, failed in made]
 
-    def _each(self, edits: list[Edit]) -> list[Patch | ErrataError]:
-        with self._timed("editing"):
-            return tolerant(lambda some: self.method.each(self.lm, some), edits)
+    def _at_once(self, cases: Sequence[Case], prior: Patch) -> tuple[Patch, list[ErrataError | None]]:
+        with self._counting(sum(len(c.edits) for c in cases)), self._timed("editing"):
+            return self._made(cases, prior)
 
-    def _at_once(self, edits: Sequence[Edit], prior: Patch) -> tuple[Patch, list[ErrataError | None]]:
-        """The patch with as many of the edits as can be made, and why the others can't."""
-        with self._timed("editing"):
-            if not self.method.batched:
-                return self._folded(edits, prior)
-            found = tolerant(lambda some: [self.method.edit(self.lm, some, prior)] * len(some), list(edits))
-            failed = [f if isinstance(f, ErrataError) else None for f in found]
-            if all(f is found[0] for f in found) and not any(failed):
-                return found[0] if found else prior, failed
-            good = [e for e, error in zip(edits, failed, strict=True) if error is None]
-            try:
-                return self.method.edit(self.lm, good, prior), failed
-            except ErrataError as error:
-                return prior, [reason or error for reason in failed]
+    def _made(self, cases: Sequence[Case], prior: Patch) -> tuple[Patch, list[ErrataError | None]]:
+        """The patch with as many of the cases as can be made, and why the others can't."""
+        if not self.method.batched:
+            return self._folded(cases, prior)
+        found = tolerant(lambda some: [self._together(some, prior)] * len(some), list(cases))
+        failed = [f if isinstance(f, ErrataError) else None for f in found]
+        if all(f is found[0] for f in found) and not any(failed):
+            return found[0] if found else prior, failed
+        good = [c for c, error in zip(cases, failed, strict=True) if error is None]
+        try:
+            return self._together(good, prior), failed
+        except ErrataError as error:
+            return prior, [reason or error for reason in failed]
 
-    def _folded(self, edits: Sequence[Edit], prior: Patch) -> tuple[Patch, list[ErrataError | None]]:
+    def _together(self, cases: Sequence[Case], prior: Patch) -> Patch:
+        return self.method.edit(self.lm, [e for c in cases for e in c.edits], prior)
+
+    def _folded(self, cases: Sequence[Case], prior: Patch) -> tuple[Patch, list[ErrataError | None]]:
         failed: list[ErrataError | None] = []
-        for edit in edits:
+        for case in cases:
+            patch = prior
             try:
-                prior = self.method.edit(self.lm, [edit], prior)
+                for edit in case.edits:
+                    patch = self.method.edit(self.lm, [edit], patch)
+                prior = patch
                 failed.append(None)
             except ErrataError as error:
                 failed.append(error)
@@ -164,9 +284,18 @@ class _Run:
         asked = tuple(c.probes for c in self.cases)
         known, answers = self.lm.memo.get("bench", (None, None))
         if answers is None or known != asked:
-            answers = self.ask(self.cases)
+            answers = self._asked_before()
             self.lm.memo["bench"] = asked, answers
         return answers
+
+    def _asked_before(self) -> list[list[Answer]]:
+        shared = self.journal.journal.cell("before")
+        found = [[Answer.from_dict(a) for a in one] for past in shared.past("before") for one in past["answers"]]
+        while len(found) < len(self.cases):
+            some = ask_cases(self.lm, [c.probes for c in self.cases[len(found) : len(found) + SLICE]])
+            found += some
+            shared.add("before", answers=[[a.to_dict() for a in one] for one in some])
+        return found
 
     def ask(self, cases: Sequence[Case], patches: Sequence[Patch] | None = None) -> list[list[Answer]]:
         with self._timed("evaluating"):
@@ -187,6 +316,50 @@ class _Run:
             found = iter(self.ask([c for c, error in zip(cases, failed, strict=True) if error is None]))
         return [next(found) if error is None else error for error in failed]
 
+    # Remembering
+
+    def _past(self, *kinds: str) -> list[Record]:
+        """Records of earlier work, and what it took; what comes from here on is measured anew."""
+        memory.reset_peak(self.lm.device)
+        past = self.journal.past(*kinds)
+        for record in past:
+            for what in self.spent:
+                self.spent[what] += record["took"][what]
+            self.peak = max(filter(None, (self.peak, record["took"]["peak"])), default=None)
+            self.flops = record["took"]["flops"] or self.flops
+        if past and kinds == ("group",):
+            self._tell(sum(len(r["outcomes"]) for r in past))
+        return past
+
+    def _keep(self, kind: str, **found: Any) -> None:
+        """Put what was found in the journal, with what it took since the last record."""
+        peak = memory.peak(self.lm.device)
+        operations = self.counted[0] / self.counted[1] if self.counted and self.flops is None else None
+        self.journal.add(kind, **found, took={**self.seconds, "peak": peak, "flops": operations})
+        for what, seconds in self.seconds.items():
+            self.spent[what] += seconds
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self.peak = max(filter(None, (self.peak, peak)), default=None)
+        self.flops = self.flops or operations
+
+    def _keep_patch(self, patch: Patch, failed: list[ErrataError | None]) -> None:
+        path = self.journal.state(len(failed))
+        if path is not None:
+            patch.save(path)
+        self._keep("made", failed=[str(error) if error else None for error in failed])
+        self._forget(self.journal.past("made")[:-1])
+
+    def _forget(self, made: Sequence[Record]) -> None:
+        """Remove patches that nothing will go on from."""
+        for past in made:
+            path = self.journal.state(len(past["failed"]))
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    def _kept(self, done: int) -> Patch:
+        path = self.journal.state(done)
+        return Patch.load(path) if path is not None else Patch()
+
     # Telling
 
     @contextmanager
@@ -197,10 +370,23 @@ class _Run:
         finally:
             self.seconds[what] += time.perf_counter() - start
 
-    def _tell(self, n: int) -> None:
-        self.done += n
+    @contextmanager
+    def _counting(self, edits: int) -> Iterator[None]:
+        """Count floating-point operations, of the first edits only: counting takes time. The preparing comes before."""
+        if not self.ready:
+            with self._timed("preparing"), self.method._at_work(self.lm):
+                self.ready = True
+        counter = FlopCounterMode(display=False)
+        first = self.counted is None and self.flops is None and edits > 0
+        context: AbstractContextManager[Any] = counter if first else nullcontext()
+        with context:
+            yield
+        if first:
+            self.counted = counter.get_total_flops(), edits
+
+    def _tell(self, done: int) -> None:
         if self.progress is not None:
-            self.progress(self.done, len(self.cases))
+            self.progress(done, len(self.cases))
 
 
 def _exact_by_row(lm: LM) -> bool:
@@ -209,10 +395,12 @@ def _exact_by_row(lm: LM) -> bool:
     return lm.dtype in (torch.float32, torch.float64)
 
 
-def _struck(made: Counter[Edit], edit: Edit) -> bool:
-    """Whether an edit is among those made, each of which counts once."""
-    found = made[edit] > 0
-    made[edit] -= found
+def _struck(made: Counter[Edit], case: Case) -> bool:
+    """Whether a case's edits are among those made, each of which counts once."""
+    wanted = Counter(case.edits)
+    found = wanted <= made
+    if found:
+        made.subtract(wanted)
     return found
 
 
@@ -222,6 +410,29 @@ def _some(outcomes: list[Outcome]) -> list[Outcome]:
     if len(failed) == len(outcomes):
         raise failed[0]
     return outcomes
+
+
+def _plain(outcomes: Sequence[Outcome]) -> list[Any]:
+    """Outcomes as a record holds them: answers, or the reason."""
+    return [str(o) if isinstance(o, ErrataError) else [a.to_dict() for a in o] for o in outcomes]
+
+
+def _outcomes(record: Record) -> list[Outcome]:
+    """The outcomes that a record holds."""
+    return [ErrataError(o) if isinstance(o, str) else [Answer.from_dict(a) for a in o] for o in record["outcomes"]]
+
+
+def _retention(
+    work: _Run, rows: Sequence[dict[str, Any]], before: Sequence[list[Answer]], seed: int
+) -> list[dict[str, Any]]:
+    """What a sequential run still knew of the edits made so far, at each checkpoint and at the end."""
+    out = []
+    for past in work.journal.past("checkpoint"):
+        found = _outcomes(past)
+        parts = zip(work.cases, before, found, strict=False)
+        scored = [_row(c, work.method, "sequential", b, a)["metrics"] for c, b, a in parts]
+        out.append({"after": past["after"], "summary": metrics.summarise(scored, seed)})
+    return [*out, {"after": len(rows), "summary": metrics.summarise([r["metrics"] for r in rows], seed)}]
 
 
 def _row(case: Case, method: Method, regime: str, before: list[Answer], after: Outcome) -> dict[str, Any]:
@@ -235,6 +446,7 @@ def _row(case: Case, method: Method, regime: str, before: list[Answer], after: O
         "method": method.name,
         "regime": regime,
         "edit": case.edit.to_dict(),
+        **({"also": [e.to_dict() for e in case.also]} if case.also else {}),
         "error": str(after) if failed else None,
         "metrics": metrics.score_failed(case.probes) if failed else metrics.score_case(case.probes, scores),
         "before": before[0].text,
@@ -272,5 +484,10 @@ def _about(work: _Run, regime: str, rows: Sequence[dict[str, Any]], seed: int) -
         "new_tokens": answer.NEW_TOKENS,
         "metrics": metrics.VERSION,
         "versions": versions(),
-        "efficiency": {**work.seconds, "editing_per_edit": work.seconds["editing"] / len(rows)},
+        "efficiency": {
+            **work.spent,
+            "editing_per_edit": work.spent["editing"] / sum(len(c.edits) for c in work.cases),
+            "flops_per_edit": work.flops,
+            "peak_memory": work.peak,
+        },
     }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,88 +15,135 @@ from ..errors import UsageError
 from . import options, shell
 
 if TYPE_CHECKING:
-    from ..bench import Report
-    from ..method import Method
+    from ..bench import Plan, Results
 
 
 def bench(
-    method: Annotated[str, typer.Option("--method", help="One method, or several separated by commas.")] = "rome",
-    model: options.Model = "almanac",
+    run: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN.yaml | recipe NAME]", help="A run file, or a named recipe.")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="One method, or several separated by commas.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help=options.MODEL)] = None,
     data: Annotated[
-        str, typer.Option("--data", "-d", help="counterfact-mini (built in), or a JSON or JSON-lines file.")
-    ] = "counterfact-mini",
+        str | None,
+        typer.Option("--data", "-d", help="counterfact-mini (built in), a data set's name on the hub, or a file."),
+    ] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Only the first so many cases.")] = None,
     regime: Annotated[
-        Literal["single", "batch", "sequential"],
+        str | None,
         typer.Option(
             "--regime",
-            help="single: each edit from the unedited model; batch: N at once; sequential: on top of each other.",
+            help="single: each edit from the unedited model; batch: N at once; sequential: on top of each other. "
+            "Several separated by commas.",
         ),
-    ] = "single",
+    ] = None,
     batch: Annotated[
         int | None, typer.Option("--batch", "-b", min=1, help="Edits at once; by default all (batch), 1 (sequential).")
     ] = None,
     assignments: options.Settings = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to keep the report and every answer.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="A folder for journal and reports (the same command goes on there), or a .json file."
+        ),
+    ] = None,
+    bad: Annotated[str | None, typer.Option("--bad", help="A malformed row: skip (and count) it, or fail.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the intervals.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A B", help="Compare two reports (files or folders) instead of running."),
+    ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
     """Edit the cases of a data set and ask: did it take, does it carry over, what else moved?"""
-    kinds = _kinds(method)
-    chosen = {name: _chosen(kind, assignments) for name, kind in kinds.items()}
-    shell.check_writable(out)
-    from .. import bench as measure
-    from .. import data as sets
-
-    cases = sets.load(data, n)
-    batched, keep = _regime(regime, batch, len(cases))
-    lm = shell.load(model, dtype, device)
-    ready = [kind.preset(lm, **chosen[name]) for name, kind in kinds.items()]
-    reports = []
-    for one in ready:
-        with progress(one.name, len(cases)) as tell:
-            reports.append(measure.run(one, lm, cases, batch=batched, keep=keep, progress=tell))
-    if out:
-        _save(reports, out)
-    found = [report.to_dict() for report in reports]
-    shell.give(found if len(found) > 1 else found[0], lambda: [report.table() for report in reports], as_json)
+    if compare is not None:
+        _compare(compare, as_json)
+        return
+    given = dict(model=model, data=data, method=method, regime=regime, n=n, batch=batch, bad=bad, seed=seed)
+    given |= dict(dtype=dtype, device=device)
+    given = {name: value for name, value in given.items() if value is not None}
+    plan, made_with = _plan(run, given, assignments)
+    _check(plan)
+    if out is not None and out.suffix == ".json":
+        shell.check_writable(out)
+    results = _measured(plan, made_with, out)
+    shell.give(results.to_dict(), lambda: [results.table()], as_json)
 
 
-def _kinds(named: str) -> dict[str, type[Method]]:
-    names = [name.strip() for name in named.split(",") if name.strip()]
-    if not names:
+def _compare(paths: tuple[Path, Path], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from ..bench import Results
+    from ..bench.compare import compare, table
+
+    found = compare(*(Results.load(path) for path in paths))
+    shell.give([asdict(d) for d in found], lambda: [table(found)], as_json)
+
+
+def _plan(words: list[str] | None, given: dict[str, Any], assignments: list[str] | None) -> tuple[Plan, dict[str, Any]]:
+    """The run that a file and the options describe; an option goes before the file."""
+    from ..bench import Plan
+
+    if words and len(words) > 1:
+        raise UsageError(f"expected one run file, found {' '.join(words)!r}; see errata bench --help")
+    plan, made_with = Plan.load(words[0]) if words else (Plan(), {})
+    if not [name for name in given.get("method", "all").split(",") if name.strip()]:
         raise UsageError("--method names none; give one, or several separated by commas")
+    asked = Plan.of(given, "the options")
+    plan = replace(plan, **{name: getattr(asked, name) for name in given})
+    if assignments:
+        plan = replace(
+            plan, method={name: {**kept, **_chosen(name, assignments)} for name, kept in plan.method.items()}
+        )
+    return plan, made_with
+
+
+def _chosen(name: str, assignments: list[str]) -> dict[str, Any]:
     from ..method import method
-
-    return {name: method(name) for name in names}
-
-
-def _chosen(kind: type[Method], assignments: list[str] | None) -> dict[str, Any]:
     from . import settings
 
-    return settings.read(kind, assignments or ())
+    return settings.read(method(name), assignments)
 
 
-def _regime(regime: str, batch: int | None, n: int) -> tuple[int, bool]:
-    """How many edits at once, and whether they stay."""
-    if regime == "single" and batch not in (None, 1):
-        raise UsageError("the single regime makes edits one by one; give --regime batch (or sequential) with --batch")
-    if regime == "batch":
-        return batch or n, False
-    return batch or 1, regime == "sequential"
+def _check(plan: Plan) -> None:
+    """Find out before anything is loaded whether the methods exist and have such settings."""
+    from dataclasses import fields
+
+    from ..errors import unknown
+    from ..method import method
+
+    for name, settings in plan.method.items():
+        known = {f.name for f in fields(method(name))}
+        for setting in settings:
+            if setting not in known:
+                raise unknown(f"setting of {name}", setting, known)
 
 
-def _save(reports: list[Report], path: Path) -> None:
-    """One report as it is; several as a list of them."""
-    from .. import store
+def _measured(plan: Plan, made_with: dict[str, Any], out: Path | None) -> Results:
+    """Run it, and write what was found."""
+    from .. import bench as measure
+    from .. import data as sets
+    from ..bench.grid import check_made_with
+    from ..bench.grid import made_with as what_it_is
 
-    if len(reports) == 1:
-        reports[0].save(path)
-    else:
-        found = [report.to_dict() for report in reports]
-        store.write(path, json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
-    shell.wrote(path)
+    cases = sets.load(plan.data, plan.n, part=plan.part, strict=plan.bad == "fail")
+    lm = shell.load(plan.model, plan.dtype, plan.device)
+    found = what_it_is(lm, cases)
+    check_made_with(made_with, found, "the run")
+    folder = None if out is None or out.suffix == ".json" else out
+    results = measure.run_grid(plan, lm, cases, folder, progress)
+    if folder is not None:
+        from .. import store
+
+        store.write(folder / "run.yaml", plan.to_yaml(found))
+        results.write(folder)
+        shell.wrote(folder)
+    elif out is not None:
+        results.save(out)
+        shell.wrote(out)
+    return results
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Case:
-    """An edit and what judges it. The efficacy probe is derived from the edit and comes first."""
+    """An edit and what judges it. The efficacy probe is derived from the edit and comes first (one for each edit)."""
 
     id: int | str
     """The data set's own number where it has one, otherwise that of the row."""
@@ -56,8 +56,19 @@ class Case:
     probes: tuple[Probe, ...] = ()
     relation: str | None = None
     """The kind of fact, as a Wikidata property: `P103`."""
+    also: tuple[Edit, ...] = ()
+    """Edits that are made with it, because its probes ask what follows from all of them (MQuAKE)."""
+    openings: tuple[str, ...] = ()
+    """Prompts that the model writes on from, at length: how fluent is it, and does it keep to the new fact?"""
+    references: tuple[str, ...] = ()
+    """Texts about things of which the new fact is true, to compare what it writes with."""
 
     def __post_init__(self) -> None:
         asked = tuple(p for p in self.probes if p.kind != "efficacy")
-        efficacy = Probe("efficacy", self.edit.text, self.edit.target, self.edit.truth)
-        object.__setattr__(self, "probes", (efficacy, *asked))
+        efficacy = tuple(Probe("efficacy", e.text, e.target, e.truth) for e in self.edits)
+        object.__setattr__(self, "probes", (*efficacy, *asked))
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All that is edited for this case."""
+        return (self.edit, *self.also)

@@ -1,0 +1,144 @@
+"""Methods x regimes over the same cases of one model. The unedited model is asked once, for all of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..data import Case
+from ..errors import ErrataError
+from ..lm import LM
+from ..method import Method, method, versions
+from . import answer, metrics
+from .journal import Journal, opened
+from .plan import Plan, digest
+from .report import Report
+from .results import FORMAT, Results
+from .run import Progress, run
+
+log = logging.getLogger(__name__)
+
+Telling = Callable[[str, int], Any]
+"""Called with the name and size of each cell; a context in which its progress is told."""
+
+
+def run_grid(
+    plan: Plan, lm: LM, cases: Sequence[Case], folder: Path | None = None, telling: Telling | None = None
+) -> Results:
+    """Run every method in every regime.
+
+    Args:
+        plan: the run.
+        lm: its model, unedited.
+        cases: its data.
+        folder: where the journal is kept; a run that was broken off there goes on.
+        telling: told of each cell.
+
+    Raises:
+        UsageError: the folder holds another run.
+        ErrataError: not one cell could be run.
+    """
+    chosen = {name: method(name).preset(lm, **frozen(settings)) for name, settings in plan.method.items()}
+    made = made_with(lm, cases)
+    with _asking(plan), _journal(folder, plan, chosen, made) as journal:
+        reports, left = [], []
+        for name, regime in cells(plan, chosen, left):
+            with telling(f"{name}, {regime}", len(cases)) if telling else _silent() as progress:
+                try:
+                    reports.append(_cell(plan, chosen[name], regime, lm, cases, journal, progress))
+                except ErrataError as error:
+                    left.append({"method": name, "regime": regime, "error": str(error)})
+    if not reports:
+        raise ErrataError("; ".join(f"{one['method']}, {one['regime']}: {one['error']}" for one in left))
+    about = {
+        "format": FORMAT,
+        "data": {"name": plan.data, "part": plan.part, "n": len(cases), "digest": made["data"]},
+        "chat": plan.chat,
+        "left_out": left,
+    }
+    return Results(about, tuple(reports))
+
+
+def frozen(value: Any) -> Any:
+    """Settings of a run file as methods have them: tuples, where YAML has lists."""
+    if isinstance(value, Mapping):
+        return {name: frozen(one) for name, one in value.items()}
+    return tuple(frozen(one) for one in value) if isinstance(value, list | tuple) else value
+
+
+def cells(plan: Plan, chosen: Mapping[str, Method], left: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
+    """The cells of the grid; what is left out is added to `left` with the reason."""
+    for name, one in chosen.items():
+        for regime in plan.regime:
+            if regime == "batch" and not one.batched and "sequential" in plan.regime:
+                left.append({"method": name, "regime": regime, "error": "it makes one edit at a time; see sequential"})
+            else:
+                yield name, regime
+
+
+def made_with(lm: LM, cases: Sequence[Case]) -> dict[str, Any]:
+    """What decides the numbers next to the plan: the model itself, the cases themselves, the libraries."""
+    return {"fingerprint": lm.fingerprint, "data": digest(cases), "metrics": metrics.VERSION, "versions": versions()}
+
+
+def check_made_with(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    """Warn where a run file was made with something else."""
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            log.warning("%s was made with %s %s, this is %s; numbers may differ", where, name, value, found.get(name))
+
+
+def _cell(
+    plan: Plan,
+    chosen: Method,
+    regime: str,
+    lm: LM,
+    cases: Sequence[Case],
+    journal: Journal,
+    progress: Progress | None,
+) -> Report:
+    keep = regime == "sequential"
+    return run(
+        chosen,
+        lm,
+        cases,
+        batch=plan.size(regime, len(cases)),
+        keep=keep,
+        seed=plan.seed,
+        progress=progress,
+        checkpoints=plan.checkpoints if keep else (),
+        journal=journal.cell(f"{chosen.name} {regime}"),
+    )
+
+
+@contextmanager
+def _journal(
+    folder: Path | None, plan: Plan, chosen: Mapping[str, Method], made: Mapping[str, Any]
+) -> Iterator[Journal]:
+    if folder is None:
+        yield Journal()
+        return
+    settings = {name: asdict(one) for name, one in chosen.items()}
+    decided = {**asdict(replace(plan, device=None)), "method": settings, **made}
+    with opened(folder, json.loads(json.dumps(decided))) as journal:
+        yield journal
+
+
+@contextmanager
+def _asking(plan: Plan) -> Iterator[None]:
+    usual = answer.NEW_TOKENS
+    answer.NEW_TOKENS = plan.new_tokens or usual
+    try:
+        yield
+    finally:
+        answer.NEW_TOKENS = usual
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    yield None

@@ -1,0 +1,161 @@
+"""The reports of a grid of methods and regimes as one: for the terminal, as JSON, Markdown and a page of HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from rich import box
+from rich.table import Table
+
+from .. import store
+from ..errors import ErrataError, UsageError
+from .report import Report, plain
+
+FORMAT = 2
+SHARED = ("seed", "model", "new_tokens", "metrics", "versions")
+"""What all runs of a grid have in common."""
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Several reports on the same cases of one model. As JSON, an object of four parts:
+
+    about:
+        `format`; `model` (`name`, `fingerprint`, `dtype`), `data` (`name`, `part`, `n`, `digest` of the cases), `seed`,
+        `new_tokens`, `chat`, `metrics` (their version), `versions`; `left_out` (cells of the grid without numbers:
+        `method`, `regime`, `error`); and `runs`, what else `errata.bench.Report` says of each cell (`method`,
+        `settings`, `regime`, `batch`, `evaluated`, `n`, `failed`, `unasked`, `efficiency`, ...).
+    summary:
+        {method: {regime: {metric: {protocol: {`mean`, `low`, `high`, `n`}}}}}.
+    rows:
+        One for each case and cell, as in `Report`: `case_id`, `method`, `regime`, `metrics` ({metric: {protocol:
+        value}}), `edit`, `before`, `after`, `probes` ...
+    retention:
+        {method: [{`after`, `summary`}]}: of sequential runs, the numbers over the first so many cases after so many.
+    """
+
+    about: Mapping[str, Any]
+    reports: tuple[Report, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        first = self.reports[0].about
+        runs = [{k: v for k, v in r.about.items() if k not in (*SHARED, "format", "retention")} for r in self.reports]
+        summary: dict[str, dict[str, Any]] = {}
+        for report in self.reports:
+            summary.setdefault(report.about["method"], {})[report.about["regime"]] = report.summary
+        return plain(
+            {
+                "about": {**self.about, **{k: first[k] for k in SHARED}, "runs": runs},
+                "summary": summary,
+                "rows": [row for r in self.reports for row in r.rows],
+                "retention": {r.about["method"]: r.about["retention"] for r in self.reports if "retention" in r.about},
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the results as JSON, whole or not at all."""
+        store.write(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read results, or a single report.
+
+        Args:
+            path: the file, or the folder of a run.
+
+        Raises:
+            UsageError: there is no such file.
+            ErrataError: it is damaged, or holds no results.
+        """
+        path = Path(path)
+        path = path / "report.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UsageError(f"there is no file {str(path)!r}; give a report that `errata bench` wrote, or its folder")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            version = found["about"]["format"]
+            if version > FORMAT:
+                raise ErrataError(f"{str(path)!r} was written by a newer errata (format {version}); upgrade")
+            return cls._one(Report.load(path)) if version == 1 else cls._of(found)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ErrataError(f"{str(path)!r} is damaged or no report; get a whole copy") from error
+
+    @classmethod
+    def _one(cls, report: Report) -> Self:
+        data = {"name": "", "part": "edit", "n": report.about["n"], "digest": ""}
+        return cls({"format": FORMAT, "data": data, "chat": False, "left_out": []}, (report,))
+
+    @classmethod
+    def _of(cls, found: Mapping[str, Any]) -> Self:
+        about = {k: v for k, v in found["about"].items() if k not in (*SHARED, "runs")}
+        shared = {k: found["about"][k] for k in SHARED}
+        reports = []
+        for one in found["about"]["runs"]:
+            method, regime = one["method"], one["regime"]
+            rows = [r for r in found["rows"] if (r["method"], r["regime"]) == (method, regime)]
+            kept = {"retention": found["retention"][method]} if regime == "sequential" and found["retention"] else {}
+            reports.append(Report({"format": 1, **shared, **one, **kept}, rows, found["summary"][method][regime]))
+        return cls(about, tuple(reports))
+
+    def write(self, folder: Path) -> None:
+        """Write `report.json`, `report.md` and `report.html` into a folder."""
+        from . import html, markdown
+
+        self.save(folder / "report.json")
+        store.write(folder / "report.md", markdown.text(self))
+        store.write(folder / "report.html", html.page(self))
+
+    def table(self) -> Table:
+        """Methods and regimes by metric; every number under its protocol."""
+        first = self.reports[0].about
+        table = Table(
+            title=f"{len({r.about['method'] for r in self.reports})} methods on {first['model']['name']}, "
+            f"{self.about['data']['n']} cases of {self.about['data']['name']}",
+            caption=_caption(self),
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        names = metrics_of(self)
+        for name in ("method", "regime", "protocol"):
+            table.add_column(name, no_wrap=True)
+        for name in (*names, "s/edit"):
+            table.add_column(name, justify="right")
+        for report in self.reports:
+            protocols = list(dict.fromkeys(p for found in report.summary.values() for p in found))
+            for i, protocol in enumerate(protocols):
+                cells = [short(report.summary.get(m, {}).get(protocol)) for m in names]
+                label = ("", "") if i else (report.about["method"], report.about["regime"])
+                seconds = "" if i else f"{report.about['efficiency']['editing_per_edit']:.2f}"
+                table.add_row(*label, protocol, *cells, seconds, end_section=i == len(protocols) - 1)
+        return table
+
+
+def metrics_of(results: Results, aspects: bool = False) -> list[str]:
+    """The metrics that any of the reports has, in their order."""
+    found = dict.fromkeys(m for r in results.reports for m in r.summary)
+    return [m for m in found if aspects or "/" not in m]
+
+
+def short(found: Mapping[str, Any] | None) -> str:
+    """A mean and half the width of its interval, or that nothing was asked."""
+    if found is None or found["mean"] is None:
+        return "–"
+    half = f"{(found['high'] - found['low']) / 2:.2f}".removeprefix("0")
+    return f"{found['mean']:.3f} ±{half}"
+
+
+def _caption(results: Results) -> str:
+    lines = ["mean over cases ± half the bootstrap 95% interval; single: asked after each edit, sequential: after all"]
+    lines += [f"no numbers for {one['method']}, {one['regime']}: {one['error']}" for one in results.about["left_out"]]
+    told = {"failed": "edits could not be made: they count as 0", "unasked": "probes could not be asked in full"}
+    for what, text in told.items():
+        some = [r.about for r in results.reports if r.about[what]]
+        lines += [f"{a['method']}, {a['regime']}: {a[what]} {text}" for a in some]
+    return "\n".join(lines)
