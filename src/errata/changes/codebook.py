@@ -16,10 +16,7 @@ from torch.nn.functional import pad
 from ..errors import ErrataError
 from ..lm import Site
 from .change import Change, Undo
-from .routing import Index, tell
-
-SAME = 1e-3
-"""Keys nearer than this share of a radius are one key."""
+from .routing import SAME, Index, settle, tell
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,43 +124,19 @@ def _settle(keys: Tensor, labels: Tensor, radii: Tensor, entries: Tensor, start:
     A far key is an entry of its own. A near one with the same label widens the entry that is there. A near one with
     another label is added, and the two share the distance between them; where there is none (the same question,
     corrected again) that would leave both without an answer, so the later one takes the entry over.
-
-    Edits that are far from everything before them are found many at a time; only those that are near are looked at one
-    by one, because each changes what the next one meets.
     """
-    done, most = max(start, 1), 1  # the first has nothing before it
-    while done < len(keys):
-        block = slice(done, min(done + most, len(keys)))
-        distance, near = _before(keys, entries, block)
-        meets = distance <= radii[near] + radii[block]
-        far = int(meets.long().argmax()) if meets.any() else len(meets)
-        done, most = done + far, min(2 * most, 64) if far == len(meets) else 1
-        if far < len(meets):
-            _meet(done, int(near[far]), distance[far], labels, radii, entries)
-            done += 1
 
+    def meet(edit: int, near: int, distance: Tensor) -> None:
+        if torch.equal(labels[near], labels[edit]):
+            radii[near] = torch.maximum(radii[near], distance)
+            entries[edit] = near
+        elif distance <= SAME * radii[edit]:
+            radii[edit] = radii[near]
+            entries[entries == near] = edit
+        else:
+            radii[near], radii[edit] = distance / 2 - 1e-5, distance / 2
 
-def _before(keys: Tensor, entries: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """For every edit of a block the distance to the nearest entry before it, and which that is."""
-    live = (entries[: block.start] == torch.arange(block.start)).nonzero()[:, 0]
-    distance, near = Index([keys[live]]).nearest(keys[block][None])
-    own = torch.arange(block.stop - block.start)
-    apart = (keys[block][:, None] - keys[block]).norm(dim=-1).masked_fill(own >= own[:, None], torch.inf)
-    both = torch.cat([distance.T, apart], 1)
-    distance, place = both.min(1)
-    return distance, torch.where(place == 0, live[near[0]], place - 1 + block.start)
-
-
-def _meet(edit: int, near: int, distance: Tensor, labels: Tensor, radii: Tensor, entries: Tensor) -> None:
-    """An edit whose key is near another's."""
-    if torch.equal(labels[near], labels[edit]):
-        radii[near] = torch.maximum(radii[near], distance)
-        entries[edit] = near
-    elif distance <= SAME * radii[edit]:
-        radii[edit] = radii[near]
-        entries[entries == near] = edit
-    else:
-        radii[near], radii[edit] = distance / 2 - 1e-5, distance / 2
+    settle(keys, radii, start, lambda until: (entries[:until] == torch.arange(until)).nonzero()[:, 0], meet)
 
 
 def _reaching_back(

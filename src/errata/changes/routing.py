@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ log = logging.getLogger(__name__)
 
 CLOSE = 8
 """So many keys that look nearest are measured exactly."""
+SAME = 1e-3
+"""Keys nearer than this share of a radius are one key."""
 TOGETHER = 2**24
 """Numbers held at a time in a search. Changes the memory, not what is found."""
 
@@ -49,6 +51,42 @@ class Index:
         apart = (queries[:, :, None] - own[:, None]).norm(dim=-1)
         distance, place = apart.masked_fill((self.table < 0)[:, None], torch.inf).min(-1)
         return distance, self.table.gather(1, place)
+
+
+def settle(
+    keys: Tensor, radii: Tensor, start: int, live: Callable[[int], Tensor], meet: Callable[[int, int, Tensor], None]
+) -> None:
+    """Add keys from `start` on to a memory, one after another.
+
+    Keys that are far from everything before them are found many at a time, and stay as they are; only those that are
+    near are met one by one, because each changes what the next one finds.
+
+    Args:
+        keys: (n, d) of what is there and what is added; `meet` may move those that are there.
+        radii: (n,) those of added keys are what they come with.
+        start: how many are there.
+        live: which of the first so many are searched.
+        meet: what happens where a key's radius touches the nearest one's, of (added, nearest, distance).
+    """
+    done, most = max(start, 1), 1  # the first has nothing before it
+    while done < len(keys):
+        block = slice(done, min(done + most, len(keys)))
+        distance, near = _before(keys, live(done), block)
+        meets = distance <= radii[near] + radii[block]
+        far = int(meets.long().argmax()) if meets.any() else len(meets)
+        done, most = done + far, min(2 * most, 64) if far == len(meets) else 1
+        if far < len(meets):
+            meet(done, int(near[far]), distance[far])
+            done += 1
+
+
+def _before(keys: Tensor, live: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """For every key of a block the distance to the nearest one before it, and which that is."""
+    distance, near = Index([keys[live]]).nearest(keys[block][None])
+    own = torch.arange(block.stop - block.start)
+    apart = (keys[block][:, None] - keys[block]).norm(dim=-1).masked_fill(own >= own[:, None], torch.inf)
+    distance, place = torch.cat([distance.T, apart], 1).min(1)
+    return distance, torch.where(place == 0, live[near[0]], place - 1 + block.start)
 
 
 def tell(module: str, answered: Tensor, part: Tensor, distance: Tensor, limit: Tensor) -> None:

@@ -232,7 +232,7 @@ def changes(patch: Patch) -> list[dict[str, Any]]:
 
 
 def _extent(change: Change) -> str:
-    from ..changes import Codebook, Dense, LowRank, Remembered
+    from ..changes import Blocks, Codebook, Dense, LowRank, Remembered
 
     if isinstance(change, LowRank):
         return f"{change.left.shape[0]} x {change.right.shape[1]}, rank {change.left.shape[1]}"
@@ -240,6 +240,10 @@ def _extent(change: Change) -> str:
         return f"{change.delta.shape[0]} x {change.delta.shape[1]}"
     if isinstance(change, Remembered):
         return f"{len(change.texts)} remembered"
+    if isinstance(change, Blocks):
+        n, radii = len(change.live), change.radii[change.live]
+        keys = f"{len(change.keys)} keys in {n} cluster{'s' * (n != 1)}, radius {radii.min():.3g} to {radii.max():.3g}"
+        return f"{len(change.left)} of rank {change.right.shape[1]}; {keys}"
     if isinstance(change, Codebook):
         n, edits = len(change.live), len(change.keys)
         shared = f" for {edits} edits" * (edits > n)

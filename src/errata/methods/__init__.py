@@ -11,6 +11,8 @@ from .ft import FT, FTL, FTM
 from .grace import GRACE
 from .ike import ICE, IKE, Retrieval
 from .kn import KN
+from .lora import LoRA
+from .melo import MELO
 from .memit import MEMIT
 from .mend import MEND
 from .pmet import PMET
@@ -27,6 +29,8 @@ __all__ = [
     "ICE",
     "IKE",
     "KN",
+    "LoRA",
+    "MELO",
     "MEMIT",
     "MEND",
     "PMET",

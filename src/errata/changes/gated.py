@@ -1,0 +1,217 @@
+"""Memories beside a weight that answer only where a router lets them: MELO's blocks.
+
+Every token is routed by itself, by what the module is given there. So what is answered does not depend on padding, on
+the rest of the batch, or on whether generation keeps a cache.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from ..lm import Site
+from .change import Change, Undo
+from .routing import SAME, Index, settle, tell
+
+
+class Routed(NamedTuple):
+    """For every token of a pass (batch, seq) what the router decided."""
+
+    answered: Tensor
+    """bool."""
+    part: Tensor
+    """Which part of the memory."""
+    distance: Tensor
+    """What was compared,"""
+    limit: Tensor
+    """with what."""
+
+
+class Gated(Change):
+    """A memory that adds to a module's output at the tokens that its router sends to it."""
+
+    by_row = True
+
+    def attach(self, site: Site) -> Undo:
+        return self.attach_rows(site, [self])
+
+    @classmethod
+    def attach_rows(cls, site: Site, rows: Sequence[Change | None]) -> Undo:
+        route, add, names = cls.working(site, [row if isinstance(row, cls) else None for row in rows])
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs = args[0].float()
+            inputs = inputs.view(len(rows), -1, inputs.shape[-1]) if len(rows) > 1 or inputs.ndim < 3 else inputs
+            found = route(inputs)
+            tell(site.name, found.answered, names[found.part], found.distance, found.limit)
+            if not found.answered.any():
+                return output
+            new = output.clone().view(*inputs.shape[:2], -1)
+            new[found.answered] += add(inputs[found.answered], found.part[found.answered]).to(output.dtype)
+            return new.view(output.shape)
+
+        return site.module.register_forward_hook(hook).remove
+
+    @classmethod
+    @abstractmethod
+    def working(cls, site: Site, rows: Sequence[Change | None]) -> tuple[Route, Add, Tensor]:
+        """Memories, one for all or one for each row of the batch, ready for passes: the router, what parts (m,) add
+        (m, d_out) to inputs (m, d_in), and by which numbers the log calls the parts."""
+
+
+Route = Callable[[Tensor], Routed]
+Add = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Gated, kind="blocks"):
+    """Low-rank blocks, indexed by clusters of keys: within a cluster's radius a token gets the nearest key's block.
+
+    MELO, Yu et al. 2023, https://arxiv.org/abs/2312.11795. Keys are points; several may share a block and a cluster.
+    """
+
+    keys: Tensor
+    """(n, d_in) points; `owners` are whose they are."""
+    first: Tensor
+    """(n,) the radius that each came with."""
+    labels: Tensor
+    """(n, most) int64: what is to be said there, -1 behind the last token."""
+    block: Tensor
+    """(n,) int64: the block of each point."""
+    left: Tensor
+    """(blocks, d_out, rank)."""
+    right: Tensor
+    """(blocks, rank, d_in)."""
+    centres: Tensor
+    """(n, d_in) of clusters, in the place of the point that founded each; elsewhere the point."""
+    radii: Tensor
+    """(n,) of clusters, likewise."""
+    clusters: Tensor
+    """(n,) int64: the founder of each point's cluster; -1 for a point that was forgotten when its cluster shrank."""
+    founders: Tensor
+    """(n,) int64: 1 where a point founded a cluster that still stands."""
+
+    @classmethod
+    def of(
+        cls, owners: Tensor, keys: Tensor, first: Tensor, labels: Tensor, block: Tensor, left: Tensor, right: Tensor
+    ) -> Blocks:
+        """The memory that points make in their order."""
+        labels = labels[:, : int((labels >= 0).sum(1).max()) + 1]
+        derived = keys.clone(), first.clone(), torch.arange(len(keys)), torch.ones_like(owners)
+        made = cls(owners, keys, first, labels, block, left, right, *derived)
+        made._settle(0)
+        return made
+
+    @property
+    def live(self) -> Tensor:
+        """(clusters,) int64: the founders of the clusters that are searched."""
+        return self.founders.nonzero()[:, 0]
+
+    @classmethod
+    def working(cls, site: Site, rows: Sequence[Change | None]) -> tuple[Route, Add, Tensor]:
+        device = site.module.get_parameter("weight").device
+        none = torch.empty(0, site.shape[1])
+        index = Index(
+            [row.centres[row.live].to(device) if isinstance(row, Blocks) else none.to(device) for row in rows]
+        )
+        some = [row for row in rows if isinstance(row, Blocks)]
+        radii = torch.cat([row.radii[row.live] for row in some]).to(device)
+        rank = max(row.right.shape[1] for row in some)
+        left = torch.cat([pad(row.left, (0, rank - row.left.shape[2])) for row in some]).to(device)
+        right = torch.cat([pad(row.right, (0, 0, 0, rank - row.right.shape[1])) for row in some]).to(device)
+        members, before = [], 0
+        for row in some:
+            members += [before + (row.clusters == founder).nonzero()[:, 0] for founder in row.live.tolist()]
+            before += len(row.keys)
+        table = pad_sequence(members, batch_first=True, padding_value=-1).to(device)
+        keys, owners = (torch.cat([getattr(row, name) for row in some]).to(device) for name in ("keys", "owners"))
+        starts = torch.tensor([0, *(len(row.left) for row in some)]).cumsum(0)
+        block = torch.cat([row.block + start for row, start in zip(some, starts, strict=False)]).to(device)
+
+        def route(inputs: Tensor) -> Routed:
+            distance, cluster = index.nearest(inputs)
+            answered = (distance <= radii[cluster]) & (table[cluster] >= 0).any(-1)
+            part = torch.zeros_like(cluster)
+            part[answered] = _nearest_of(keys, table[cluster[answered]], inputs[answered])
+            return Routed(answered, part, distance, radii[cluster])
+
+        def add(inputs: Tensor, part: Tensor) -> Tensor:
+            chosen = block[part]
+            return (left[chosen] @ (right[chosen] @ inputs[..., None]))[..., 0]
+
+        return route, add, owners
+
+    def fits(self, site: Site) -> bool:
+        return (self.left.shape[1], self.right.shape[2]) == site.shape
+
+    def join(self, later: Change) -> tuple[Change, ...]:
+        """By MELO's rules, the later memory's points one after another."""
+        if not isinstance(later, Blocks):
+            return self, later
+        most = max(self.labels.shape[1], later.labels.shape[1])
+        rank = max(self.right.shape[1], later.right.shape[1])
+        n = len(self.keys)
+        both = Blocks(
+            *(torch.cat([getattr(self, name), getattr(later, name)]) for name in ("owners", "keys", "first")),
+            torch.cat([pad(b.labels, (0, most - b.labels.shape[1]), value=-1) for b in (self, later)]),
+            torch.cat([self.block, later.block + len(self.left)]),
+            torch.cat([pad(b.left, (0, rank - b.left.shape[2])) for b in (self, later)]),
+            torch.cat([pad(b.right, (0, 0, 0, rank - b.right.shape[1])) for b in (self, later)]),
+            torch.cat([self.centres, later.keys]),
+            torch.cat([self.radii, later.first]),
+            torch.cat([self.clusters, torch.arange(n, n + len(later.keys))]),
+            torch.cat([self.founders, torch.ones_like(later.founders)]),
+        )
+        both._settle(n)
+        return (both,)
+
+    def without(self, edit: int) -> Blocks | None:
+        """The memory as the other edits' points alone make it; a block goes when no point needs it any more."""
+        stay = self.owners != edit
+        return self._only(stay) if stay.any() else None
+
+    def alone(self, edit: int) -> Blocks:
+        """One edit's own part, as if the others had never been."""
+        return self._only(self.owners == edit).renumbered(torch.zeros_like)
+
+    def _only(self, points: Tensor) -> Blocks:
+        used, block = self.block[points].unique(return_inverse=True)
+        parts = (t[points] for t in (self.owners, self.keys, self.first, self.labels))
+        return Blocks.of(*parts, block, self.left[used], self.right[used])
+
+    def _settle(self, start: int) -> None:
+        """MELO's rules for the points from `start` on, in place. A far point founds a cluster. A near one with the same
+        label joins it: the centre moves to the mean, the radius reaches every member. A near one with another label
+        founds a cluster too, the two share the distance, and the older forgets the members that it no longer reaches;
+        where there is no distance (the same question again) it is the later one's from then on."""
+
+        def meet(point: int, near: int, distance: Tensor) -> None:
+            members = self.clusters == near
+            if torch.equal(self.labels[near], self.labels[point]):
+                self.founders[point], self.clusters[point] = 0, near
+                members[point] = True
+                self.centres[near] = self.keys[members].mean(0)
+                reach = (self.keys[members] - self.centres[near]).norm(dim=1).max()
+                self.radii[near] = torch.maximum(reach, self.first[near])
+            elif distance <= SAME * self.first[point]:
+                self.radii[point], self.founders[near] = self.radii[near], 0
+                self.clusters[members] = -1
+            else:
+                self.radii[near], self.radii[point] = distance / 2 - 1e-5, distance / 2 + 1e-5
+                lost = members & ((self.keys - self.centres[near]).norm(dim=1) > self.radii[near])
+                self.clusters[lost] = -1
+
+        settle(self.centres, self.radii, start, lambda until: self.founders[:until].nonzero()[:, 0], meet)
+
+
+def _nearest_of(keys: Tensor, table: Tensor, queries: Tensor) -> Tensor:
+    """Of each query (m, d) the nearest of its own candidates, `table` (m, most) with -1 behind the last; (m,)."""
+    apart = (queries[:, None] - keys[table.clamp(min=0)]).norm(dim=-1).masked_fill(table < 0, torch.inf)
+    return table.gather(1, apart.argmin(1)[:, None])[:, 0]
