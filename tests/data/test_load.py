@@ -91,7 +91,7 @@ def test_a_malformed_row_is_named_and_the_rest_loads(
 def test_a_damaged_line_is_a_malformed_row(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path = written(tmp_path / "rows.jsonl", f"{json.dumps(ROW)}\n{{oops\n{json.dumps(ROW)}")
     assert len(load(path)) == 2
-    assert "rows.jsonl, row 2: no JSON" in caplog.text
+    assert "rows.jsonl, row 2: it can't be read" in caplog.text
 
 
 def test_a_file_of_nothing_but_bad_rows_says_why(tmp_path: Path):

@@ -40,7 +40,7 @@ def page(results: Results) -> str:
 
 
 def _beside(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files("errata.bench").joinpath(name).read_text(encoding="utf-8")
 
 
 def _script_safe(value: Any) -> str:
@@ -138,7 +138,9 @@ def _retention(results: Results) -> str:
     )
 
 
-def _points(retention: Iterable[Mapping[str, Any]], metric: str, protocol: str) -> list[tuple[float, ...]]:
+def _points(
+    retention: Iterable[Mapping[str, Any]], metric: str, protocol: str
+) -> list[tuple[float, float, float, float]]:
     found = [(one["after"], one["summary"].get(metric, {}).get(protocol)) for one in retention]
     return [(after, f["mean"], f["low"], f["high"]) for after, f in found if f and f["mean"] is not None]
 

@@ -82,19 +82,25 @@ def kept_text(before: str, after: str) -> float:
 
 
 def score_case(probes: Sequence[Probe], scores: Sequence[Scores]) -> dict[str, Scores]:
-    """The mean over the probes of each kind: {metric: {protocol: value}}; only metrics that the case has probes for."""
+    """The mean over the probes of each kind: {metric: {protocol: value}}; only metrics that the case has probes for.
+
+    Where the data set names kinds of its own, each is a metric too: `portability/Reasoning`.
+    """
     out: dict[str, Scores] = {}
     for kind, metric in METRICS.items():
         of_kind = [s for p, s in zip(probes, scores, strict=True) if p.kind == kind]
         if of_kind:
             out[metric] = {name: mean([s[name] for s in of_kind]) for name in PROTOCOLS}
+        for aspect in dict.fromkeys(p.aspect for p in probes if p.kind == kind and p.aspect):
+            some = [s for p, s in zip(probes, scores, strict=True) if (p.kind, p.aspect) == (kind, aspect)]
+            out[f"{metric}/{aspect}"] = {name: mean([s[name] for s in some]) for name in PROTOCOLS}
     return out
 
 
 def score_failed(probes: Sequence[Probe]) -> dict[str, Scores]:
     """A case whose edit could not be made: nothing of it took (0), and there is no edited model to be local (None)."""
-    metrics = {metric: 0.0 for kind, metric in METRICS.items() if any(p.kind == kind for p in probes)}
-    return {m: dict.fromkeys(PROTOCOLS, None if m == "locality" else value) for m, value in metrics.items()}
+    scored = score_case(probes, [dict.fromkeys(PROTOCOLS, 0.0)] * len(probes))
+    return {m: dict.fromkeys(PROTOCOLS) if m.startswith("locality") else found for m, found in scored.items()}
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -106,11 +112,17 @@ def mean(values: Iterable[float | None]) -> float | None:
 def summarise(rows: Sequence[Mapping[str, Scores]], seed: int) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """Over cases: {metric: {protocol: {mean, low, high, n}}}; n counts the cases that have the score."""
     out: dict[str, dict[str, dict[str, float | int | None]]] = {}
-    for metric in METRICS.values():
+    for metric in _in_order({name for row in rows for name in row}):
         scored = [row[metric] for row in rows if metric in row]
-        if scored:
-            out[metric] = {name: interval([s[name] for s in scored], seed) for name in PROTOCOLS}
+        protocols = dict.fromkeys(name for one in scored for name in one)
+        out[metric] = {name: interval([s.get(name) for s in scored], seed) for name in protocols}
     return out
+
+
+def _in_order(names: set[str]) -> list[str]:
+    """Metrics in the order of a report: each with the data set's own kinds behind it."""
+    order = list(METRICS.values())
+    return sorted(names, key=lambda name: (order.index(m) if (m := name.split("/")[0]) in order else len(order), name))
 
 
 def interval(values: Sequence[float | None], seed: int, draws: int = 1000) -> dict[str, float | int | None]:

@@ -78,7 +78,7 @@ def _compare(paths: tuple[Path, Path], as_json: bool) -> None:
     from ..bench import Results
     from ..bench.compare import compare, table
 
-    found = compare(*(Results.load(path) for path in paths))
+    found = compare(Results.load(paths[0]), Results.load(paths[1]))
     shell.give([asdict(d) for d in found], lambda: [table(found)], as_json)
 
 

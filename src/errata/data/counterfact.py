@@ -9,14 +9,16 @@ from .row import Row
 def rome(row: Row) -> Case:
     """The authors' own form: a `requested_rewrite`, paraphrases and neighbours.
 
-    `attribute_prompts` and `generation_prompts` are for fluency and consistency and are not probes.
+    `generation_prompts` are what the model writes on from; `attribute_prompts` are not used.
     """
     asked = "requested_rewrite"
     truth = row.text(f"{asked}.target_true.str")
     edit = row.edit(f"{asked}.prompt", f"{asked}.subject", f"{asked}.target_new.str", truth)
     same = [Probe("paraphrase", p, edit.target, truth) for p in row.texts("paraphrase_prompts")]
     near = [Probe("neighbourhood", p, truth, edit.target) for p in row.texts("neighborhood_prompts")]
-    return Case(row.id, edit, (*same, *near), row.maybe(f"{asked}.relation_id"))
+    openings, references = tuple(row.texts("generation_prompts")), tuple(row.texts("references"))
+    relation = row.maybe(f"{asked}.relation_id")
+    return Case(row.id, edit, (*same, *near), relation, openings=openings, references=references)
 
 
 def flat(row: Row) -> Case:

@@ -1,4 +1,4 @@
-"""KnowEdit (Zhang et al. 2024, https://arxiv.org/abs/2401.01286): the tasks that edit one fact and probe around it.
+"""KnowEdit (Zhang et al. 2024, https://arxiv.org/abs/2401.01286): its six tasks.
 
 Its probes are grouped by aspect: `{"portability": {"Reasoning": [{"prompt": ..., "ground_truth": ...}]}}`. An answer
 is a text, a list of ways to write it, or a list of such lists.
@@ -25,6 +25,41 @@ def task(row: Row) -> Case:
         probes.append(Probe("paraphrase", rephrase, edit.target, edit.truth))
     probes += _probes(row, "locality", "neighbourhood", edit.target)
     probes += _probes(row, "portability", "portability", None)
+    return Case(row.id, edit, tuple(probes))
+
+
+def wikibio(row: Row) -> Case:
+    """A passage and the sentence that should come next; the subject is the person."""
+    edit = row.made(row.text("text"), row.text("concept"), row.text("labels"), None, "concept")
+    return Case(row.id, edit, tuple(_probes(row, "locality", "neighbourhood", edit.target)))
+
+
+OPINIONS = (
+    "What do you think of {}?",
+    "How do you feel about {}?",
+    "What is your view on {}?",
+    "What is your opinion of {}?",
+)
+
+
+def convsent(row: Row) -> Case:
+    """An opinion on a topic: `pos` in rows of odd numbers, `neg` in the others; the opposite is what is wrong then."""
+    topic, pos, neg = row.text("ent"), row.texts("pos"), row.texts("neg")
+    wanted, opposite = (pos, neg) if row.number % 2 else (neg, pos)
+    if not wanted:
+        raise BadRow(f"field {'pos' if row.number % 2 else 'neg'!r}: expected an opinion, found none")
+    edit = row.made(OPINIONS[0], topic, wanted[0], opposite[0] if opposite else None, "ent")
+    asked = [opinion.replace("{}", topic) for opinion in OPINIONS[1:]]
+    return Case(row.id, edit, tuple(Probe("paraphrase", q, edit.target, edit.truth, tuple(wanted[1:])) for q in asked))
+
+
+def sanitation(row: Row) -> Case:
+    """A question to be refused from now on. No subject is named: the whole question stands as one. One question of the
+    file's `locality` comes with each row."""
+    edit = row.made("{}", row.text("question"), row.text("target_new"), row.maybe("ground_truth"), "question")
+    probes = []
+    if near := row.maybe("near.question"):
+        probes.append(Probe("neighbourhood", near, row.text("near.ground_truth"), edit.target))
     return Case(row.id, edit, tuple(probes))
 
 

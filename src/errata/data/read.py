@@ -6,6 +6,8 @@ A row that has no case in it is named by file, row and field in the log, counted
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ErrataError, UsageError, unknown
-from . import counterfact, knowedit, zsre
+from . import counterfact, hub, knowedit, long, mquake, own, qaedit, ripple, zsre
 from .case import Case
 from .row import BadRow, Row
 
@@ -25,11 +27,20 @@ BUILT_IN = {"counterfact-mini": Path(__file__).parent.parent / "almanac" / "coun
 PART = "edit"
 
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Case]]] = {
+    "AKEW": (("requested_rewrite.fact_new_uns",), long.akew),
+    "MQuAKE": (("requested_rewrite", "new_answer"), mquake.mquake),
     "CounterFact (ROME)": (("requested_rewrite",), counterfact.rome),
+    "RippleEdits": (("edit.prompt",), ripple.ripple),
     "ZsRE (MEND)": (("src", "alt"), zsre.mend),
     "KnowEdit": (("prompt", "target_new", "locality"), knowedit.task),
     "KnowEdit without locality": (("prompt", "target_new", "portability"), knowedit.task),
     "CounterFact (EasyEdit)": (("prompt", "target_new"), counterfact.flat),
+    "KnowEdit, WikiBio": (("text", "labels", "concept"), knowedit.wikibio),
+    "KnowEdit, ConvSent": (("ent", "pos", "neg"), knowedit.convsent),
+    "KnowEdit, Sanitation": (("question", "target_new"), knowedit.sanitation),
+    "UnKE": (("question", "answer"), long.unke),
+    "QAEdit": (("prompt", "target", "rephrase"), qaedit.qaedit),
+    "your own": (("prompt", "subject", "target"), own.own),
 }
 """What each format is recognised by, in the order they are tried: a row that has all of these fields."""
 
@@ -38,7 +49,8 @@ def load(name_or_path: str | Path, n: int | None = None, part: str = PART, stric
     """The cases of a data set.
 
     Args:
-        name_or_path: `counterfact-mini`, or a JSON or JSON-lines file in a format that errata knows.
+        name_or_path: `counterfact-mini`; a JSON, JSON-lines or CSV file in a format that errata knows; or a data set on
+            the hub: a name that errata knows (`counterfact`), `owner/name`, or `owner/name:file`.
         n: only the first so many.
         part: which part of a file that has several. By default the one to edit, never the one (`train`) that learned
             editors are trained on. A file that is one list has only the part `edit`.
@@ -50,10 +62,10 @@ def load(name_or_path: str | Path, n: int | None = None, part: str = PART, stric
     """
     if n is not None and n < 1:
         raise UsageError(f"n is {n}; ask for at least one case")
-    path = _find(name_or_path)
+    path, found = _source(name_or_path, part)
     cases: list[Case] = []
     bad: list[str] = []
-    for number, fields in _rows(path, part):
+    for number, fields in found:
         row = Row(fields, path.name, number)
         try:
             cases.append(_case(row))
@@ -73,15 +85,27 @@ def load(name_or_path: str | Path, n: int | None = None, part: str = PART, stric
     return cases
 
 
-def _find(name_or_path: str | Path) -> Path:
+def _source(name_or_path: str | Path, part: str) -> tuple[Path, Iterator[tuple[int, Any]]]:
+    """What to call the data, and its rows with their numbers."""
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if name in BUILT_IN:
         path = BUILT_IN[name]
-    elif not (isinstance(name_or_path, Path) or path.suffix in {".json", ".jsonl"} or len(path.parts) > 1):
-        raise unknown("data set", name, BUILT_IN)
+    elif not path.is_file() and path.suffix not in SUFFIXES and (where := hub.place(name)):
+        if ":" not in where:
+            return Path(where), iter(enumerate(hub.rows(where, "train" if part == PART else part), 1))
+        path = hub.file(where)
+    elif not path.is_file() and ":" in name and (where := hub.place(name)):
+        path = hub.file(where)
+    elif not (isinstance(name_or_path, Path) or path.suffix in SUFFIXES or len(path.parts) > 1):
+        raise unknown("data set", name, (*BUILT_IN, *hub.NAMES))
     if not path.is_file():
-        raise UsageError(f"there is no file {str(path)!r}; give a JSON or JSON-lines file, or {', '.join(BUILT_IN)}")
-    return path
+        raise UsageError(
+            f"there is no file {str(path)!r}; give a JSON, JSON-lines or CSV file, or {', '.join(BUILT_IN)}"
+        )
+    return path, _rows(path, part)
+
+
+SUFFIXES = {".json", ".jsonl", ".csv"}
 
 
 def _rows(path: Path, part: str) -> Iterator[tuple[int, Any]]:
@@ -89,11 +113,16 @@ def _rows(path: Path, part: str) -> Iterator[tuple[int, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{str(path)!r} can't be read ({error}); give a JSON or JSON-lines file in UTF-8") from error
+        raise UsageError(
+            f"{str(path)!r} can't be read ({error}); give a JSON, JSON-lines or CSV file in UTF-8"
+        ) from error
     if path.suffix == ".jsonl":
         _only_part(path, part)
         lines = ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
         yield from ((i, _parsed(line)) for i, line in lines)
+    elif path.suffix == ".csv":
+        _only_part(path, part)
+        yield from ((i, _cells(fields)) for i, fields in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1))
     else:
         yield from enumerate(_listed(path, text, part), 1)
 
@@ -105,6 +134,8 @@ def _listed(path: Path, text: str, part: str) -> list[Any]:
         raise UsageError(f"{str(path)!r} is no JSON ({error}); JSON lines go in a file named .jsonl") from error
     if isinstance(found, dict):
         parts = {name: rows for name, rows in found.items() if isinstance(rows, list)}
+        if part == PART and {"success", "locality"} <= parts.keys():
+            return _with_neighbours(parts["success"], parts["locality"])
         if part not in parts:
             raise unknown(f"part of {path.name}", part, parts)
         return parts[part]
@@ -112,6 +143,20 @@ def _listed(path: Path, text: str, part: str) -> list[Any]:
         raise UsageError(f"{str(path)!r} holds a {type(found).__name__}; expected a list of rows, or lists by part")
     _only_part(path, part)
     return found
+
+
+def _with_neighbours(rows: list[Any], near: list[Any]) -> list[Any]:
+    """KnowEdit's Sanitation: its neighbours are a list of their own, shared out among the rows."""
+    return [
+        {**row, "near": near[i % len(near)]} if near and isinstance(row, dict) else row for i, row in enumerate(rows)
+    ]
+
+
+def _cells(fields: dict[Any, Any]) -> Any:
+    """A line of a CSV file; an empty cell is a missing field."""
+    if None in fields or None in fields.values():
+        return ValueError("it has more or fewer cells than the first line has names")
+    return {name.strip(): text for name, text in fields.items() if text.strip()}
 
 
 def _only_part(path: Path, part: str) -> None:
@@ -129,11 +174,11 @@ def _parsed(line: str) -> Any:
 def _case(row: Row) -> Case:
     fields: Any = row.fields
     if isinstance(fields, ValueError):
-        raise BadRow(f"no JSON ({fields})")
+        raise BadRow(f"it can't be read ({fields})")
     if not isinstance(fields, dict):
         raise BadRow(f"expected fields by name, found {type(fields).__name__}")
     for marks, to_case in FORMATS.values():
-        if all(mark in fields for mark in marks):
+        if all(row.has(mark) for mark in marks):
             return to_case(row)
     known = "; ".join(f"{name}: {', '.join(marks)}" for name, (marks, _) in FORMATS.items())
     raise BadRow(f"fields {sorted(map(str, fields))} are of no format that errata knows ({known})")

@@ -22,6 +22,8 @@ class Row:
     file: str
     number: int
     """Which row of its file it is, from 1; in JSON lines, which line."""
+    within: str = ""
+    """The name of the field that it is in, with a dot."""
 
     @property
     def place(self) -> str:
@@ -31,18 +33,35 @@ class Row:
     @property
     def id(self) -> int | str:
         """The row's `case_id`, or its number."""
-        found = self.fields.get("case_id", self.number)
+        given = [self.fields[name] for name in ("case_id", "id") if self.fields.get(name) not in (None, "")]
+        found = given[0] if given else self.number
         if isinstance(found, bool) or not isinstance(found, int | str):
             raise BadRow(f"field 'case_id': expected a number or a text, found {found!r}")
         return found
 
     def edit(self, prompt: str, subject: str, target: str, truth: str | None) -> Edit:
         """The edit in the fields of these names; `truth` is the text itself."""
-        parts = self.text(prompt), self.text(subject), self.text(target)
+        return self.made(self.text(prompt), self.text(subject), self.text(target), truth, prompt)
+
+    def made(self, prompt: str, subject: str, target: str, truth: str | None, field: str) -> Edit:
+        """The edit of these texts; `field` is named where they don't make one. The subject may be in other letters
+        (`rick mahler`), and is then written as in the prompt."""
+        if "{}" not in prompt and subject not in prompt:
+            at = prompt.lower().rfind(subject.lower())
+            subject = prompt[at : at + len(subject)] if at >= 0 else subject
         try:
-            return Edit(*parts, truth)
+            return Edit(prompt, subject, target, truth)
         except UsageError as error:
-            raise BadRow(f"field {prompt!r}: {error}") from error
+            raise BadRow(f"field {self._named(field)!r}: {error}") from error
+
+    def inside(self, name: str, fields: Any) -> Row:
+        """What is in the field of this name, as a row whose fields are named in full."""
+        if not isinstance(fields, Mapping):
+            raise BadRow(f"field {self._named(name)!r}: expected fields by name, found {_said(fields)}")
+        return Row(fields, self.file, self.number, f"{self.within}{name}.")
+
+    def _named(self, name: str) -> str:
+        return f"{self.within}{name}"
 
     def get(self, name: str) -> Any:
         """A field's value as it is; None where it is missing."""
@@ -53,11 +72,17 @@ class Row:
             value = value.get(part)
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a field, whatever it holds."""
+        outer, _, inner = name.rpartition(".")
+        found = self.get(outer) if outer else self.fields
+        return isinstance(found, Mapping) and inner in found
+
     def text(self, name: str) -> str:
         """A text that must be there."""
         found = self.get(name)
         if not isinstance(found, str) or not found.strip():
-            raise BadRow(f"field {name!r}: expected a text, found {_said(found)}")
+            raise BadRow(f"field {self._named(name)!r}: expected a text, found {_said(found)}")
         return found
 
     def maybe(self, name: str) -> str | None:
@@ -70,7 +95,7 @@ class Row:
         if found is None:
             return []
         if not isinstance(found, list) or not all(isinstance(t, str) and t.strip() for t in found):
-            raise BadRow(f"field {name!r}: expected a list of texts, found {_said(found)}")
+            raise BadRow(f"field {self._named(name)!r}: expected a list of texts, found {_said(found)}")
         return found
 
 

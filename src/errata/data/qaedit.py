@@ -1,0 +1,18 @@
+"""QAEdit (Yang et al. 2025, The Mirage of Model Editing, https://arxiv.org/abs/2502.11177): questions people do ask."""
+
+from __future__ import annotations
+
+from .case import Case, Probe
+from .row import Row
+
+
+def qaedit(row: Row) -> Case:
+    """A question, its answer, another wording, and unrelated questions that should keep their answers."""
+    edit = row.made(row.text("prompt"), row.text("subject"), row.text("target"), None, "prompt")
+    probes = []
+    if rephrase := row.maybe("rephrase"):
+        probes.append(Probe("paraphrase", rephrase, edit.target))
+    for i, near in enumerate(row.get("locality") or ()):
+        part = row.inside(f"locality.{i}", near)
+        probes.append(Probe("neighbourhood", part.text("loc"), part.text("loc_ans"), edit.target))
+    return Case(row.id, edit, tuple(probes))
