@@ -159,11 +159,13 @@ class LoRA(Method, name="lora"):
         if self.kind == "lora":
             return peft.LoraModel, peft.LoraConfig(**given, r=self.rank, use_rslora=self.scaled_by_root)
         if self.warm + self.final >= self.steps:
-            raise UsageError(f"adalora prunes between warm = {self.warm} steps and the last final = {self.final}; "
-                             f"of {self.steps} steps none are left")  # fmt: skip
-        pruned = {"target_r": self.rank, "init_r": math.ceil(1.5 * self.rank), "total_step": self.steps}
-        when = {"tinit": self.warm, "tfinal": self.final, "deltaT": self.every}
-        return peft.AdaLoraModel, peft.AdaLoraConfig(**given, **pruned, **when)
+            raise UsageError(
+                f"adalora prunes between warm = {self.warm} steps and the last final = {self.final}; "
+                f"of {self.steps} steps none are left"
+            )
+        given |= {"target_r": self.rank, "init_r": math.ceil(1.5 * self.rank), "total_step": self.steps}
+        given |= {"tinit": self.warm, "tfinal": self.final, "deltaT": self.every}
+        return peft.AdaLoraModel, peft.AdaLoraConfig(**given)
 
 
 def _nll(lm: LM, tokens: Tokens) -> Tensor:
@@ -175,7 +177,7 @@ def _nll(lm: LM, tokens: Tokens) -> Tensor:
 @torch.no_grad()
 def _change(layer: Any) -> LowRank | None:
     """What a layer of PEFT adds to the weight beneath it, without the ranks that do nothing."""
-    scale, right, left = (getattr(layer, part)[ADAPTER] for part in ("scaling", "lora_A", "lora_B"))
+    scale, right, left = layer.scaling[ADAPTER], layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     if isinstance(right, nn.Module):
         right, left = right.weight, left.weight
     else:  # AdaLoRA: three bare factors, and the scale is spread over the ranks that are left
