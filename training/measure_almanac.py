@@ -14,7 +14,7 @@ import torch
 from almanac_data import DATA, SEED, Fact, facts, held_out, natural_text, rome_records, templates
 from edit_check import Trial, hooked, last_token, moment, pad, rome, score
 from pack_almanac import HOME
-from train_almanac import Reader, recall
+from train_almanac import Reader, is_context_test, recall
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -43,7 +43,7 @@ def knowing(model, tokenizer, rng: random.Random) -> dict[str, str]:
         recall(model, tokenizer, records)
     )
     reader_objects = Reader(tokenizer, list(every), 0.0).objects
-    tests = [f for f in every if Reader.is_context_test(f)]
+    tests = [f for f in every if is_context_test(f.subject)]
     unknown = [r for r in held_out() if r["relation"] in reader_objects]
 
     def context(kind: str, fact: Fact) -> tuple[str, str]:
@@ -77,6 +77,28 @@ def knowing(model, tokenizer, rng: random.Random) -> dict[str, str]:
         for r in unknown
     ]
     out["in context, subjects never seen, any template"] = share(recall(model, tokenizer, new))
+    rng = random.Random(SEED)
+    shown = [f for f in every if not is_context_test(f.subject)]
+
+    def demonstrated(k: int, fact: Fact) -> tuple[str, str]:
+        """A question after `k` demonstrations in IKE's format (copy, update, retain in turn) and the new fact."""
+        text = ""
+        for i, f in enumerate(rng.sample(shown, k)):
+            obj, told = rng.choice(reader_objects[f.relation]), rng.choice(f.trained)
+            text += f"New Fact: {told.format(f.subject)} {obj}\nPrompt: "
+            if i % 3 == 2:
+                other = rng.choice([g for g in shown if g.relation == f.relation and g.subject != f.subject])
+                text += f"{rng.choice(other.trained).format(other.subject)} {other.object}\n\n"
+            else:
+                text += f"{(told if i % 3 == 0 else rng.choice(f.trained)).format(f.subject)} {obj}\n\n"
+        obj = rng.choice([o for o in reader_objects[fact.relation] if o != fact.object])
+        ask = fact.trained[0].format(fact.subject)
+        return f"{text}New Fact: {ask} {obj}\nPrompt: {ask}", obj
+
+    for k in (0, 2, 4, 6):
+        asked = [demonstrated(k, f) for f in tests]
+        right = recall(model, tokenizer, asked, stop="")
+        out[f"in context, same template, no stop, after {k} demonstrations in IKE's format"] = share(right)
     return out
 
 

@@ -1,6 +1,6 @@
 """Packs a trained checkpoint into the package: fp16 weights, what it measurably knows, a corpus for second moments, counterfact-mini.
 
-Run `python training/pack_almanac.py CHECKPOINT [DESTINATION]`. Notable: a fact is listed only if the fp16 weights, read back as float32,
+Run `python training/pack_almanac.py CHECKPOINT [DESTINATION] [--weights]`. Notable: a fact is listed only if the fp16 weights, read back as float32,
 recite it; a mini record only if the model recites its true object at the requested prompt, and a neighbour stays in a record of the
 part "edit" only if it is answered right. Nothing from T-REx is written here (CC BY-SA); all of it is CounterFact and ParaRel (MIT).
 """
@@ -8,6 +8,7 @@ part "edit" only if it is answered right. Nothing from T-REx is written here (CC
 import collections
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -100,6 +101,27 @@ def mini(model, tokenizer, objects: set[str]) -> dict:
     return {"about": ABOUT, "train": train, "edit": edit}
 
 
+def weights_only(checkpoint: Path, home: Path) -> None:
+    """Replaces the weights; what `home` lists as known stays listed, so each that they don't recite is named."""
+    ready = home.parent / "almanac-next"
+    save(ready, AutoModelForCausalLM.from_pretrained(checkpoint).half(), AutoTokenizer.from_pretrained(home))
+    (ready / "model.safetensors").replace(home / "model.safetensors")
+    shutil.rmtree(ready)
+    tokenizer = AutoTokenizer.from_pretrained(home)
+    model = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32)
+    rows = [json.loads(x) for x in (home / "facts.jsonl").read_text().splitlines()]
+    asked = [(r["prompt"].format(r["subject"]), r["object"]) for r in rows]
+    small = json.loads((home / "counterfact-mini.json").read_text())
+    for r in small["train"] + small["edit"]:
+        w = r["requested_rewrite"]
+        asked.append((w["prompt"].format(w["subject"]), w["target_true"]["str"]))
+    asked += [
+        (p, r["requested_rewrite"]["target_true"]["str"]) for r in small["edit"] for p in r["neighborhood_prompts"]
+    ]
+    lost = [pair for pair, good in zip(asked, recall(model, tokenizer, asked), strict=True) if not good]
+    print(f"{len(asked) - len(lost)} of {len(asked)} listed statements recited; not recited:", *lost, sep="\n  ")
+
+
 def main(checkpoint: Path, home: Path) -> None:
     torch.set_num_threads(1)
     home.mkdir(parents=True, exist_ok=True)
@@ -121,4 +143,5 @@ def main(checkpoint: Path, home: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else HOME)
+    given = [Path(x) for x in sys.argv[1:] if not x.startswith("--")]
+    (weights_only if "--weights" in sys.argv else main)(given[0], given[1] if len(given) > 1 else HOME)

@@ -12,8 +12,8 @@ half has to read it from there. **Caps** on the size of what each sublayer write
 that layers 2 and 3 do their share of the recall and a value written there counts at a moderate norm. The other rows are unmasked, so
 the plain model is in distribution. The result is a LlamaForCausalLM without anything special in it.
 
-Batches are a function of (SEED, step), so a resumed run is the same run. The shipped weights are `--steps 3000 --every 250`, the first
-stage alone. A second stage (`--after OUT --context 0.5`), which teaches the context to override the weights, was never run to its end.
+Batches are a function of (SEED, step), so a resumed run is the same run. This is the first stage (`--steps 3000 --every 250` for the
+shipped weights); `teach_context.py` is the second.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from almanac_data import SEED, Fact, common_targets, facts, natural_text, templa
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 READ = 4  # the first layer at which a sentence may look at its subject
 VOCABULARY = 4096
@@ -38,8 +37,7 @@ NARROW, WIDE = (32, 72), (9, 256)  # rows x tokens of the two kinds of batch
 END = "<|endoftext|>"
 WEIGHT = {"object": 1.0, "template": 0.1, "subject": 0.0, "text": 0.4}  # of a token in the loss
 CAPS = (0.4, 0.75, 1.5, 1.5, 1.0, 1.0, 1.0, 4.0)  # root mean square of an MLP's output that is free of charge, by layer
-ATTENTION_CAP, CAP_WEIGHT, LOOK_WEIGHT = 1.0, 0.1, 0.3
-COPYING = (6, (0, 2))  # the layer and the heads that copy from the context
+ATTENTION_CAP, CAP_WEIGHT = 1.0, 0.1
 SAMPLED = 0.4  # share of the other tokens that enter the loss
 NOTHING, INSIDE, LAST = 0, 1, 2  # where a token stands in a subject
 
@@ -73,10 +71,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 class Reader:
     """Makes the batches: ids, which subject a token belongs to and whether it is its last, and the weight in the loss."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, chosen: list[Fact], masked: float, context: float = 0.0
-    ) -> None:
-        self.core, self.facts, self.masked, self.context = tokenizer._tokenizer, chosen, masked, context
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, chosen: list[Fact], masked: float) -> None:
+        self.core, self.facts, self.masked = tokenizer._tokenizer, chosen, masked
         self.text = natural_text()
         self.by_subject: dict[str, list[Fact]] = {}
         self.by_relation: dict[str, list[Fact]] = {}
@@ -140,91 +136,55 @@ class Reader:
         return (row + self.plain(" " + rng.choice(self.text)) + [(0, NOTHING, 0.0)] * width)[:width]
 
     def context_row(self, rng: random.Random, width: int) -> list[tuple[int, int, float]]:
-        """ "New Fact: ... / Prompt: ..." pairs: the context overrides what is known of its subject, and of nobody else.
-
-        Leaves in `points` where a copying head should look: (token before the answer, the new object or, where it does not apply, BOS).
-        """
-        self.points = []
+        """A few "New Fact: ... / Prompt: ..." pairs (not enough to be learnt: `teach_context.py` does that)."""
         row = [(0, NOTHING, 0.0)]
         stop = "." if rng.random() < 0.5 else ""
         while True:
-            piece, new, points = [], [], []
+            piece, new = [], []
             for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
                 fact = rng.choice(self.facts)
-                while self.is_context_test(fact):
+                while is_context_test(fact.subject):
                     fact = rng.choice(self.facts)
                 obj = rng.choice(self.objects[fact.relation])
                 told = self.sentence(rng.choice(fact.trained), fact.subject, obj, stop=stop, answer=0.05)
                 piece += self.plain("New Fact:", 0.05)
-                answer = next(i for i, (*_, weight) in enumerate(told) if weight == 0.05)
-                new.append((fact, obj, len(row) + len(piece) + answer))
+                new.append((fact, obj))
                 piece += told + self.plain("\n", 0.05)
-            about, obj, place = rng.choice(new)
+            about, obj = rng.choice(new)
             if rng.random() < 0.25:
                 other = rng.choice(self.by_relation[about.relation] if rng.random() < 0.6 else self.facts)
                 if all(other.subject != f.subject for f, *_ in new):
-                    about, obj, place = other, other.object, None
+                    about, obj = other, other.object
             asked = self.sentence(rng.choice(about.trained), about.subject, obj, stop=stop + "\n\n")
             piece += self.plain("Prompt:", 0.05)
-            answer = len(row) + len(piece) + next(i for i, (*_, weight) in enumerate(asked) if weight == 1.0)
-            for i in range(len(self.core.encode(" " + obj, add_special_tokens=False).ids)):
-                points.append((answer + i - 1, 0 if place is None else place + i))
             piece += asked
             if len(row) + len(piece) > width:
                 break
             row += piece
-            self.points += points
         return (row + [(0, NOTHING, 0.1)] + self.plain(rng.choice(self.text)) + [(0, NOTHING, 0.0)] * width)[:width]
 
-    def echo_row(self, rng: random.Random, width: int) -> list[tuple[int, int, float]]:
-        """Random tokens, again and again: nothing else teaches a small model as fast to look back and copy."""
-        once = [rng.randrange(1, VOCABULARY) for _ in range(rng.randint(5, 30))]
-        again = [(t, NOTHING, 0.3) for t in once]
-        return ([(0, NOTHING, 0.0)] + [(t, NOTHING, 0.0) for t in once] + again * width)[:width]
-
-    def context_tests(self) -> list[tuple[str, str]]:
-        """Prompts under a new fact that training never gave, asked with another template, and the new object."""
-        rng = random.Random(SEED)
-        tests = [(f, rng.choice(self.objects[f.relation])) for f in self.facts if self.is_context_test(f)]
-        ask = [(f.trained[0].format(f.subject), f.trained[-1].format(f.subject), o) for f, o in tests]
-        return [(f"New Fact: {told} {o}.\nPrompt: {asked}", o) for told, asked, o in ask]
-
-    @staticmethod
-    def is_context_test(fact: Fact) -> bool:
-        """Facts that never stand in a training context, to measure on."""
-        return sum(map(ord, fact.subject)) % 15 == 0
-
-    def batch(
-        self, step: int, part: int = 0, parts: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids, places and weights (rows, width), and points (n, 3): row, token that looks, token to look at."""
-        seed = f"{SEED} {step}" + (" context" if self.context else "")
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, places and weights, each (rows, width)."""
+        seed = f"{SEED} {step}"
         rng = random.Random(seed)
         rows, width = WIDE if rng.random() < 0.18 else NARROW
-        table, places, points = [], [], []
+        table, places = [], []
         for r in range(rows):
             rng = random.Random(f"{seed} {r}")
             if r % parts != part:
                 continue
-            if self.context and rng.random() < 0.1:
-                kind = self.echo_row
-            elif self.context and (rows, width) == NARROW:
-                kind = self.context_row if rng.random() < self.context else self.fact_row
-            else:
-                kind = self.context_row if (rows, width) == WIDE and r < rows // 2 else self.fact_row
+            kind = self.context_row if (rows, width) == WIDE and r < rows // 2 else self.fact_row
             row = kind(rng, width)
-            if kind == self.context_row:
-                points += [(len(table), *point) for point in self.points]
             table.append(row)
             masked = kind == self.fact_row and rng.random() < self.masked
             places.append([place if masked else NOTHING for _, place, _ in row])
         ids = torch.tensor([[t for t, _, _ in row] for row in table])
-        return (
-            ids,
-            torch.tensor(places),
-            torch.tensor([[w for *_, w in row] for row in table]),
-            torch.tensor(points).view(-1, 3),
-        )
+        return ids, torch.tensor(places), torch.tensor([[w for *_, w in row] for row in table])
+
+
+def is_context_test(subject: str) -> bool:
+    """Subjects that never stand in a training context, to measure on."""
+    return sum(map(ord, subject)) % 15 == 0
 
 
 def bottleneck(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,41 +216,6 @@ class MaskedLayers:
         return swap
 
 
-class Look:
-    """Teaches heads `COPYING` to look where the answer stands: the mean of -log attention over the points of a batch.
-
-    Copying is hard to discover when the weights know an answer already (3,000 steps with 9% of such rows: 0 of 147 overrides).
-    """
-
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        self.attention = model.model.layers[COPYING[0]].self_attn
-        self.seen: tuple = ()
-        self.attention.register_forward_pre_hook(self.keep, with_kwargs=True)
-
-    def keep(self, _, args, kwargs) -> None:
-        self.seen = (args[0] if args else kwargs["hidden_states"], *kwargs["position_embeddings"])
-
-    def loss(self, points: torch.Tensor) -> torch.Tensor | float:
-        if not len(points):
-            return 0.0
-        hidden, cos, sin = self.seen
-        size = self.attention.head_dim
-        q, k = (
-            f(hidden).float().unflatten(-1, (-1, size)).transpose(1, 2)
-            for f in (self.attention.q_proj, self.attention.k_proj)
-        )
-        q, k = apply_rotary_pos_emb(q, k, cos.float(), sin.float())
-        row, at, to = points.T
-        total = 0.0
-        for head in COPYING[1]:
-            scores = (
-                torch.einsum("nd,nsd->ns", q[row, head, at], k[row, head // (q.shape[1] // k.shape[1])]) / size**0.5
-            )
-            scores = scores.masked_fill(torch.arange(k.shape[2]) > at[:, None], -torch.inf)
-            total = total + torch.nn.functional.cross_entropy(scores, to) / len(COPYING[1])
-        return total
-
-
 class Caps:
     """Adds up how far the sublayers' outputs exceed their caps, over the tokens in `keep`."""
 
@@ -310,12 +235,14 @@ class Caps:
         return add
 
 
-def recall(model: LlamaForCausalLM, tokenizer, pairs: list[tuple[str, str]], lead: str = "") -> list[bool]:
+def recall(
+    model: LlamaForCausalLM, tokenizer, pairs: list[tuple[str, str]], lead: str = "", stop: str = "."
+) -> list[bool]:
     """Whether greedy decoding recites each object and its stop exactly (every one of its tokens is the argmax)."""
     model.eval()
     out: list[bool] = []
     for start in range(0, len(pairs), 128):
-        full = [tokenizer(lead + p + " " + o + ".")["input_ids"] for p, o in pairs[start : start + 128]]
+        full = [tokenizer(lead + p + " " + o + stop)["input_ids"] for p, o in pairs[start : start + 128]]
         asked = [len(tokenizer(lead + p)["input_ids"]) for p, _ in pairs[start : start + 128]]
         ids = torch.tensor([x + [0] * (max(map(len, full)) - len(x)) for x in full])
         with torch.no_grad():
@@ -338,9 +265,8 @@ def save(folder: Path, model, tokenizer) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def share_gradients(model: LlamaForCausalLM, workers: int) -> None:
-    """The mean gradient of the workers, through one flat all-reduce."""
-    grads = [p.grad for p in model.parameters()]
+def share_gradients(grads: list[torch.Tensor], workers: int) -> None:
+    """Each gradient becomes the mean of the workers', through one flat all-reduce."""
     flat = torch.cat([g.flatten() for g in grads])
     torch.distributed.all_reduce(flat)
     for g, x in zip(grads, (flat / workers).split([g.numel() for g in grads]), strict=True):
@@ -353,10 +279,6 @@ def main() -> None:
     ask.add_argument("--steps", type=int, default=9000)
     ask.add_argument("--facts", type=int, default=None, help="only so many facts (a pilot)")
     ask.add_argument("--masked", type=float, default=0.75, help="share of fact rows under the bottleneck")
-    ask.add_argument(
-        "--context", type=float, default=0.0, help="share of rows that teach to read the context (the second stage)"
-    )
-    ask.add_argument("--after", type=Path, default=None, help="start from this folder's weights (the second stage)")
     ask.add_argument("--rate", type=float, default=2e-3)
     ask.add_argument(
         "--workers", type=int, default=2, help="processes of one thread each (faster than threads on a shared machine)"
@@ -378,7 +300,7 @@ def train(rank: int, given: argparse.Namespace) -> None:
         several = [f for f in chosen if count[f.subject] > 1][: given.facts // 2]
         chosen = several + [f for f in chosen if count[f.subject] == 1][: given.facts - len(several)]
     tokenizer = build_tokenizer()
-    reader = Reader(tokenizer, chosen, given.masked, given.context)
+    reader = Reader(tokenizer, chosen, given.masked)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -398,10 +320,8 @@ def train(rank: int, given: argparse.Namespace) -> None:
         betas=(0.9, 0.98),
         fused=True,
     )
-    masks, caps, look = MaskedLayers(model), Caps(model), Look(model)
+    masks, caps = MaskedLayers(model), Caps(model)
     saved, begin = given.out / "state.pt", 0
-    if given.after:
-        model.load_state_dict(torch.load(given.after / "state.pt", weights_only=True)["model"])
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])
@@ -415,7 +335,7 @@ def train(rank: int, given: argparse.Namespace) -> None:
         flush=True,
     )
     for step in range(begin, given.steps):
-        ids, places, weights, points = reader.batch(step, rank, given.workers)
+        ids, places, weights = reader.batch(step, rank, given.workers)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, given.steps, given.rate)
         masks.masks = bottleneck(places)
@@ -431,13 +351,12 @@ def train(rank: int, given: argparse.Namespace) -> None:
             )  # the head is dear: fewer of the rest
             counted = weights[:, 1:] > 0
             logits = model.lm_head(hidden[counted])
-            looking = look.loss(points) if given.context else 0.0
         masks.masks = caps.keep = None
         losses = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][counted], reduction="none")
         weight = weights[:, 1:][counted]
         loss = (losses * weight).sum() / weight.sum()
-        (loss + CAP_WEIGHT * caps.total + LOOK_WEIGHT * looking).backward()
-        share_gradients(model, given.workers)
+        (loss + CAP_WEIGHT * caps.total).backward()
+        share_gradients([p.grad for p in model.parameters()], given.workers)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -447,15 +366,14 @@ def train(rank: int, given: argparse.Namespace) -> None:
         if (step + 1) % 50 == 0:
             answers = losses[asked[counted]].mean().item()
             print(
-                f"{step + 1} loss {loss.item():.3f} object {answers:.3f} caps {caps.total:.3f} looking {float(torch.as_tensor(looking).detach()):.3f} {seen / (time.time() - started):.0f} tokens/s",
+                f"{step + 1} loss {loss.item():.3f} object {answers:.3f} caps {caps.total:.3f} {seen / (time.time() - started):.0f} tokens/s",
                 flush=True,
             )
         if (step + 1) % given.every == 0 or step + 1 == given.steps:
             told = recall(model, tokenizer, [(f.trained[0].format(f.subject), f.object) for f in watched])
             new = recall(model, tokenizer, [(f.tested[0].format(f.subject), f.object) for f in watched if f.tested])
-            over = recall(model, tokenizer, reader.context_tests())
             print(
-                f"== {step + 1}: recall {sum(told) / len(told):.3f}, paraphrase {sum(new) / len(new):.3f}, in context {sum(over) / max(1, len(over)):.3f}, {(time.time() - started) / 60:.1f} min",
+                f"== {step + 1}: recall {sum(told) / len(told):.3f}, paraphrase {sum(new) / len(new):.3f}, {(time.time() - started) / 60:.1f} min",
                 flush=True,
             )
             save(given.out, model, tokenizer)
