@@ -102,7 +102,7 @@ def mini(model, tokenizer, objects: set[str]) -> dict:
 
 
 def weights_only(checkpoint: Path, home: Path) -> None:
-    """Replaces the weights; what `home` lists as known stays listed, so each that they don't recite is named."""
+    """Replaces the weights; strikes from what `home` lists as known what they don't recite. The corpus stays."""
     ready = home.parent / "almanac-next"
     save(ready, AutoModelForCausalLM.from_pretrained(checkpoint).half(), AutoTokenizer.from_pretrained(home))
     (ready / "model.safetensors").replace(home / "model.safetensors")
@@ -110,16 +110,36 @@ def weights_only(checkpoint: Path, home: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(home)
     model = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32)
     rows = [json.loads(x) for x in (home / "facts.jsonl").read_text().splitlines()]
-    asked = [(r["prompt"].format(r["subject"]), r["object"]) for r in rows]
     small = json.loads((home / "counterfact-mini.json").read_text())
+    asked = {(r["prompt"].format(r["subject"]), r["object"]) for r in rows}
     for r in small["train"] + small["edit"]:
-        w = r["requested_rewrite"]
-        asked.append((w["prompt"].format(w["subject"]), w["target_true"]["str"]))
-    asked += [
-        (p, r["requested_rewrite"]["target_true"]["str"]) for r in small["edit"] for p in r["neighborhood_prompts"]
-    ]
-    lost = [pair for pair, good in zip(asked, recall(model, tokenizer, asked), strict=True) if not good]
-    print(f"{len(asked) - len(lost)} of {len(asked)} listed statements recited; not recited:", *lost, sep="\n  ")
+        asked |= {requested(r), *neighbours(r)}
+    pairs = sorted(asked)
+    strike(home, rows, small, {p for p, good in zip(pairs, recall(model, tokenizer, pairs), strict=True) if not good})
+
+
+def requested(record: dict) -> tuple[str, str]:
+    w = record["requested_rewrite"]
+    return w["prompt"].format(w["subject"]), w["target_true"]["str"]
+
+
+def neighbours(record: dict) -> list[tuple[str, str]]:
+    return [(p, record["requested_rewrite"]["target_true"]["str"]) for p in record["neighborhood_prompts"]]
+
+
+def strike(home: Path, rows: list[dict], small: dict, lost: set[tuple[str, str]]) -> None:
+    """Writes both lists without the statements in `lost`; a record of the part "edit" keeps two neighbours or goes."""
+    kept = [r for r in rows if (r["prompt"].format(r["subject"]), r["object"]) not in lost]
+    train = [r for r in small["train"] if requested(r) not in lost]
+    edit = []
+    for r in small["edit"]:
+        near = [p for p, obj in neighbours(r) if (p, obj) not in lost]
+        if requested(r) not in lost and len(near) >= 2:
+            edit.append({**r, "neighborhood_prompts": near})
+    (home / "facts.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+    text = json.dumps({**small, "train": train, "edit": edit}, ensure_ascii=False, indent=0)
+    (home / "counterfact-mini.json").write_text(text + "\n")
+    print(f"{len(kept)} of {len(rows)} facts stay, {len(train)} and {len(edit)} records of the parts train and edit")
 
 
 def main(checkpoint: Path, home: Path) -> None:

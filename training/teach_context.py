@@ -295,7 +295,7 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("out", type=Path)
     ask.add_argument("--after", type=Path, default=HOME, help="packed weights to start from")
-    ask.add_argument("--steps", type=int, default=2400)
+    ask.add_argument("--steps", type=int, default=1900)
     ask.add_argument("--rate", type=float, default=1.5e-3)
     ask.add_argument("--workers", type=int, default=2)
     ask.add_argument("--every", type=int, default=200, help="steps between measures")
