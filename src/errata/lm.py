@@ -59,15 +59,16 @@ class Site:
 
 
 class Reader(Protocol):
-    """What a patch puts between a prompt and the model: more text before it, or somebody else who answers."""
+    """What a patch puts between a prompt and the model: more text around it, or somebody else who answers."""
 
     @property
     def answerer(self) -> LM | None:
         """Who answers the prompts that are read; None: the model itself."""
         ...
 
-    def read(self, prompts: Sequence[str], room: int) -> list[str | None]:
-        """What to put before each prompt, with `room` tokens left for its answer; None: it is none of its business.
+    def read(self, prompts: Sequence[str], room: int) -> list[tuple[str, str] | None]:
+        """What to put before and after each prompt, with `room` tokens left for its answer; None: it is none of its
+        business.
 
         It sees prompts only, never what is to follow them.
         """
@@ -217,7 +218,7 @@ class LM:
     def encode(self, passages: Sequence[tokens.Passage]) -> tokens.Tokens:
         """Passages as one batch on the model's device, as applied patches let the model read them."""
         read = self._read([p.text[: p.target] for p in passages])
-        whole = [tokens.preceded(p, before) for p, (before, _) in zip(passages, read, strict=True)]
+        whole = [tokens.within(p, *around) for p, (around, _) in zip(passages, read, strict=True)]
         batch = tokens.encode(self.tokenizer, whole, limit=self.context, device=self.device)
         return replace(batch, answerer=torch.tensor([who for _, who in read], device=self.device))
 
@@ -235,15 +236,13 @@ class LM:
             out[batch.answerer[rows] == who] = part.to(self.device)
         return out
 
-    def _read(self, prompts: Sequence[str], room: int = ANSWER) -> list[tuple[str, int]]:
-        """What is put before each prompt, and who answers it. Of two patches that see to a prompt, the later decides
-        who; text is put before text."""
-        out = [("", 0)] * len(prompts)
+    def _read(self, prompts: Sequence[str], room: int = ANSWER) -> list[tuple[tuple[str, str], int]]:
+        """What is put around each prompt, and who answers it; where two patches see to it, as the later one says."""
+        out = [(("", ""), 0)] * len(prompts)
         for number, reader in enumerate(self.readers, 1):
-            for i, text in enumerate(reader.read(prompts, max(room, ANSWER))):
-                before, who = out[i]
-                if text is not None:
-                    out[i] = (text, number) if reader.answerer else (("" if who else before) + text, 0)
+            for i, around in enumerate(reader.read(prompts, max(room, ANSWER))):
+                if around is not None:
+                    out[i] = around, number if reader.answerer else 0
         return out
 
     def _answerer(self, who: int) -> LM:
@@ -298,7 +297,8 @@ class LM:
         texts = [""] * len(prompts)
         for who in dict.fromkeys(who for _, who in read):
             rows = [i for i, (_, other) in enumerate(read) if other == who]
-            said = self._answerer(who)._generated([read[i][0] + prompts[i] for i in rows], max_new_tokens, until)
+            asked = [prompts[i].join(read[i][0]) for i in rows]
+            said = self._answerer(who)._generated(asked, max_new_tokens, until)
             for i, text in zip(rows, said, strict=True):
                 texts[i] = text
         return texts[0] if isinstance(prompt, str) else texts

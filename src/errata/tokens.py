@@ -37,10 +37,12 @@ def passage(edit: Edit, context: str = "{}", answer: str | None = None) -> Passa
     return replace(whole, subject=(start, start + len(edit.subject)))
 
 
-def preceded(p: Passage, before: str) -> Passage:
-    """The passage with more text in front; its parts stand where they stood in it."""
+def within(p: Passage, before: str, after: str) -> Passage:
+    """The passage with more text before its prompt and after it; its parts are where they went."""
     subject = p.subject and (p.subject[0] + len(before), p.subject[1] + len(before))
-    return Passage(before + p.text, subject, None if p.target is None else p.target + len(before))
+    prompt, follows = p.text[: p.target], "" if p.target is None else p.text[p.target :]
+    prompt = before + prompt + after
+    return Passage(prompt + follows, subject, None if p.target is None else len(prompt))
 
 
 def follow(prompt: str, answer: str | None) -> Passage:

@@ -84,6 +84,10 @@ class Trained(Method):
     def judge(self, lm: LM, network: nn.Module, cases: Sequence[Case], draw: random.Random) -> Losses:
         """The losses of a batch, for the validation part."""
 
+    def accept(self, editor: Editor, lm: LM) -> None:
+        """Refuse an editor that was trained for another method or model."""
+        editor.check(self.name, lm)
+
     def train(self, lm: LM, cases: Sequence[Case], course: Course | None = None, **places: Any) -> Editor:
         """Train an editor for a model.
 
@@ -111,7 +115,7 @@ class Trained(Method):
         key = ("editor", self.name, self.editor)
         if key not in lm.memo:
             found = editors.find(self.editor)
-            found.check(self.name, lm)
+            self.accept(found, lm)
             known = {k: _frozen(v) for k, v in found.about["settings"].items() if k not in ("editor", "seed")}
             how = replace(self, **known)
             network = how.network(lm)

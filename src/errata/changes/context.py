@@ -72,8 +72,9 @@ class _Before:
     def __init__(self, context: Context, lm: LM) -> None:
         self.context, self.lm = context, lm
 
-    def read(self, prompts: Sequence[str], room: int) -> list[str | None]:
-        return [self._before(prompt, room) for prompt in prompts]
+    def read(self, prompts: Sequence[str], room: int) -> list[tuple[str, str] | None]:
+        found = (self._before(prompt, room) for prompt in prompts)
+        return [None if before is None else (before, "") for before in found]
 
     def _before(self, prompt: str, room: int) -> str | None:
         near, score = self.context.nearest(prompt)

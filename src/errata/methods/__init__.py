@@ -18,6 +18,7 @@ from .mend import MEND
 from .pmet import PMET
 from .r_rome import RROME
 from .rome import ROME
+from .serac import SERAC
 from .ultraedit import UltraEdit
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "PMET",
     "ROME",
     "RROME",
+    "SERAC",
     "AlphaEdit",
     "Retrieval",
     "UltraEdit",
