@@ -15,16 +15,19 @@ from typing import Any, TypeVar
 import torch
 
 from ..data import Probe
-from ..errors import ErrataError
+from ..errors import ErrataError, UsageError
 from ..lm import LM
 from ..patch import Patch, applied_by_row
-from ..tokens import Passage, Tokens, follow
-from . import memory
+from ..tokens import Passage, Tokens, follow, prefix
+from . import memory, writing
 
 TOKENS = 4096
 """Tokens in one pass, padding included. Changes the memory, not the answers."""
 NEW_TOKENS = 24
 """At most so many tokens are generated before an answer is cut off."""
+
+CHAT = False
+"""Whether what the model answers by itself is asked as a user's turn, by its tokenizer's chat template."""
 
 T = TypeVar("T")
 
@@ -79,9 +82,10 @@ def ask(lm: LM, probes: Sequence[Probe], patches: Sequence[Patch] | None = None)
     asked = _Asking(lm, patches)
     out = [Answer() for _ in probes]
     wanted: list[tuple[str, Callable[[list[Any]], list[Any]], list[Any]]] = [
-        ("answer", asked.put, [(i, follow(p.prompt, p.answer)) for i, p in enumerate(probes)]),
+        ("answer", asked.put, [(i, follow(p.prompt, p.answer)) for i, p in enumerate(probes) if p.kind != "opening"]),
         ("other", asked.put, [(i, follow(p.prompt, p.other)) for i, p in enumerate(probes) if p.other]),
-        ("text", asked.listen, [(i, p.prompt) for i, p in enumerate(probes)]),
+        ("text", asked.listen, [(i, _put(lm, p.prompt)) for i, p in enumerate(probes) if p.kind != "opening"]),
+        ("text", asked.write, [(i, p.prompt) for i, p in enumerate(probes) if p.kind == "opening"]),
     ]
     with lm.frozen(), torch.no_grad():
         for name, how, questions in wanted:
@@ -135,21 +139,40 @@ class _Asking:
 
     def listen(self, questions: list[tuple[int, str]]) -> list[str]:
         """Let the model answer by itself."""
-        lengths = self.lm.encode([Passage(prompt) for _, prompt in questions]).mask.sum(1)
-        out = [""] * len(questions)
+        return [stopped(text) for text in self._heard(questions, NEW_TOKENS, ended)]
+
+    def write(self, openings: list[tuple[int, str]]) -> list[str]:
+        """Let the model write on at length."""
+        return self._heard(openings, writing.NEW_TOKENS, None)
+
+    def _heard(self, prompts: list[tuple[int, str]], most: int, until: Callable[[str], bool] | None) -> list[str]:
+        lengths = self.lm.encode([Passage(prompt) for _, prompt in prompts]).mask.sum(1)
+        out = [""] * len(prompts)
 
         def hear(rows: list[int]) -> None:
-            with self._patched([questions[i][0] for i in rows]):
-                texts = self.lm.generate([questions[i][1] for i in rows], max_new_tokens=NEW_TOKENS, until=ended)
+            with self._patched([prompts[i][0] for i in rows]):
+                texts = self.lm.generate([prompts[i][1] for i in rows], max_new_tokens=most, until=until)
             for i, text in zip(rows, texts, strict=True):
-                out[i] = stopped(text)
+                out[i] = text
 
-        for rows in batches((lengths + NEW_TOKENS).tolist()):
+        for rows in batches((lengths + most).tolist()):
             fitting(hear, rows)
         return out
 
     def _patched(self, rows: Sequence[int]) -> AbstractContextManager[Any]:
         return nullcontext() if self.patches is None else applied_by_row(self.lm, [self.patches[i] for i in rows])
+
+
+def _put(lm: LM, prompt: str) -> str:
+    """A question as it is put to the model: as it stands, or as a user's turn of a chat."""
+    if not CHAT:
+        return prompt
+    if not getattr(lm.tokenizer, "chat_template", None):
+        raise UsageError(f"{lm.name} has no chat template in its tokenizer; leave chat out")
+    turn = [{"role": "user", "content": prompt}]
+    text = lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    start = lm.tokenizer.decode(prefix(lm.tokenizer))  # what is put before a text anyway
+    return text.removeprefix(start) if start else text
 
 
 def fitting(do: Callable[[list[int]], None], rows: list[int]) -> None:

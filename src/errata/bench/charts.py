@@ -37,6 +37,8 @@ def dots(runs: Sequence[tuple[str, str, Mapping[str, Any]]], metrics: Sequence[s
         parts.append(_scale(left, height, metric, first=i == 0))
         for (method, regime, summary), y in zip(runs, places, strict=True):
             for protocol, found in summary.get(metric, {}).items():
+                if protocol not in OFFSETS:
+                    continue
                 parts.append(_dot(left, y, protocol, found, f"{method}, {regime}: {metric}, {protocol}"))
     previous, names = "", []
     for (method, regime, _), y in zip(runs, places, strict=True):

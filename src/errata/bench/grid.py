@@ -15,11 +15,14 @@ from ..errors import ErrataError
 from ..lm import LM
 from ..method import Method, method, versions
 from . import answer, metrics
+from .ability import Ability
 from .journal import Journal, opened
+from .judge import Judge, judged
 from .plan import Plan, digest
 from .report import Report
 from .results import FORMAT, Results
 from .run import Progress, run
+from .writing import with_openings
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +48,16 @@ def run_grid(
     """
     chosen = {name: method(name).preset(lm, **frozen(settings)) for name, settings in plan.method.items()}
     made = made_with(lm, cases)
+    ability = Ability.of(plan.text, plan.tasks)
+    judge = Judge.of(plan.judge) if plan.judge else None
+    asked = [with_openings(c) for c in cases] if plan.openings else cases
     with _asking(plan), _journal(folder, plan, chosen, made) as journal:
         reports, left = [], []
         for name, regime in cells(plan, chosen, left):
             with telling(f"{name}, {regime}", len(cases)) if telling else _silent() as progress:
                 try:
-                    reports.append(_cell(plan, chosen[name], regime, lm, cases, journal, progress))
+                    report = _cell(plan, chosen[name], regime, lm, asked, journal, progress, ability)
+                    reports.append(_judged(report, judge, journal, plan.seed) if judge else report)
                 except ErrataError as error:
                     left.append({"method": name, "regime": regime, "error": str(error)})
     if not reports:
@@ -101,6 +108,7 @@ def _cell(
     cases: Sequence[Case],
     journal: Journal,
     progress: Progress | None,
+    ability: Ability | None,
 ) -> Report:
     keep = regime == "sequential"
     return run(
@@ -113,7 +121,13 @@ def _cell(
         progress=progress,
         checkpoints=plan.checkpoints if keep else (),
         journal=journal.cell(f"{chosen.name} {regime}"),
+        ability=ability,
     )
+
+
+def _judged(report: Report, judge: Judge, journal: Journal, seed: int) -> Report:
+    judged(judge, report.rows, journal)
+    return replace(report, summary=metrics.summarise([r["metrics"] for r in report.rows], seed))
 
 
 @contextmanager
@@ -131,12 +145,12 @@ def _journal(
 
 @contextmanager
 def _asking(plan: Plan) -> Iterator[None]:
-    usual = answer.NEW_TOKENS
-    answer.NEW_TOKENS = plan.new_tokens or usual
+    usual = answer.NEW_TOKENS, answer.CHAT
+    answer.NEW_TOKENS, answer.CHAT = plan.new_tokens or answer.NEW_TOKENS, plan.chat
     try:
         yield
     finally:
-        answer.NEW_TOKENS = usual
+        answer.NEW_TOKENS, answer.CHAT = usual
 
 
 @contextmanager

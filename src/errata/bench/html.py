@@ -63,7 +63,7 @@ def _head(results: Results) -> str:
 def _chart(results: Results) -> str:
     from .results import metrics_of
 
-    shares = [m for m in metrics_of(results) if m not in ("fluency",)]
+    shares = [m for m in metrics_of(results) if m not in ("fluency", "consistency")]
     runs = [(r.about["method"], r.about["regime"], r.summary) for r in results.reports]
     keys = "".join(
         f'<li><svg width="18" height="16" aria-hidden="true" class="{name}">{mark(name, 9, 8)}</svg>'

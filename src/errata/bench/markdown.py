@@ -31,13 +31,13 @@ def text(results: Results) -> str:
                     *(short(r.summary.get(m, {}).get(protocol)) for m in names),
                 ]
                 for r in results.reports
-                for protocol in words.PROTOCOLS
+                for protocol in dict.fromkeys(p for found in r.summary.values() for p in found)
             ],
         ),
         "",
         "Mean over cases ± half its bootstrap 95% interval; – where it was not asked.",
         "",
-        *(f"- **{name}**: {meaning}" for name, meaning in words.PROTOCOLS.items()),
+        *(f"- **{name}**: {meaning}" for name, meaning in {**words.PROTOCOLS, **words.MORE}.items()),
         "",
     ]
     if aspects := [m for m in metrics_of(results, aspects=True) if "/" in m]:

@@ -46,6 +46,8 @@ Scores = dict[str, float | None]
 
 def score(probe: Probe, before: Answer, after: Answer) -> Scores:
     """One probe under every protocol."""
+    if probe.kind == "opening":  # scored with all of its case's, in `writing`
+        return dict.fromkeys(PROTOCOLS)
     if probe.kind == "neighbourhood":
         forced = _both(kept_tokens, before.answer, after.answer)
         generated = _both(kept_text, before.text, after.text)

@@ -28,7 +28,8 @@ from ..errors import ErrataError, UsageError
 from ..lm import LM
 from ..method import Method, versions
 from ..patch import Patch
-from . import answer, memory, metrics
+from . import answer, memory, metrics, writing
+from .ability import Ability
 from .answer import Answer, ask_cases, tolerant
 from .journal import Cell, Record
 from .report import FORMAT, Report
@@ -66,6 +67,7 @@ def run(
     progress: Progress | None = None,
     checkpoints: Sequence[int] = (),
     journal: Cell | None = None,
+    ability: Ability | None = None,
 ) -> Report:
     """Edit, ask before and after, score.
 
@@ -79,6 +81,8 @@ def run(
         seed: of the intervals. (What the method draws hangs on its own seed.)
         progress: called with (cases edited, all cases) as it goes.
         checkpoints: after how many cases a sequential run is asked about those so far (`about.retention`).
+        ability: what else is asked of the edited model (`about.ability`): of the last one of a sequence, otherwise of
+            the first.
         journal: what is found is kept there, and what it holds is not done again.
 
     Raises:
@@ -93,13 +97,16 @@ def run(
         raise UsageError("prior is where a sequential run goes on; give keep=True with it")
     if lm.patched:
         raise UsageError("the model has a patch applied; leave it, and give a sequential run the patch as `prior`")
-    work = _Run(method, lm, list(cases), batch, progress, journal or Cell(), tuple(checkpoints))
+    work = _Run(method, lm, list(cases), batch, progress, journal or Cell(), tuple(checkpoints), ability)
     before = work.before()
     regime, after = work.sequential(prior) if keep else work.batches() if batch > 1 else work.single()
     rows = [_row(c, method, regime, b, a) for c, b, a in zip(cases, before, after, strict=True)]
+    _add_writing(cases, rows)
     about = _about(work, regime, rows, seed)
     if keep and checkpoints:
         about["retention"] = _retention(work, rows, before, seed)
+    if ability is not None:
+        about["ability"] = next(iter(work.journal.past("ability")), {}).get("found")
     return Report(about, rows, metrics.summarise([r["metrics"] for r in rows], seed))
 
 
@@ -112,6 +119,7 @@ class _Run:
     progress: Progress | None
     journal: Cell
     checkpoints: tuple[int, ...] = ()
+    ability: Ability | None = None
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMES, 0.0))
     """Since the last record."""
     spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMES, 0.0))
@@ -134,6 +142,7 @@ class _Run:
             group = self.cases[len(out) : len(out) + together]
             try:
                 patches = self._each(group)
+                self._able(next((p for p in patches if isinstance(p, Patch)), None))
                 found = self._single_answers(group, patches)
             except (RuntimeError, MemoryError) as error:
                 if together == 1 or not memory.exhausted(error):
@@ -156,6 +165,7 @@ class _Run:
         while len(out) < len(self.cases):
             group = self.cases[len(out) : len(out) + self.batch]
             patch, failed = self._at_once(group, Patch())
+            self._able(patch)
             found = self._patched_answers(group, patch, failed)
             out += found
             self._keep("group", outcomes=_plain(found))
@@ -194,6 +204,7 @@ class _Run:
     def _last_answers(self, patch: Patch, failed: list[ErrataError | None]) -> list[Outcome]:
         """What is answered when all edits are made, slice by slice."""
         out: list[Outcome] = [o for past in self._past("answers") for o in _outcomes(past)]
+        self._able(patch if len(out) < len(self.cases) else None)
         while len(out) < len(self.cases):
             some = slice(len(out), len(out) + SLICE)
             found = self._patched_answers(self.cases[some], patch, failed[some])
@@ -316,6 +327,11 @@ class _Run:
             found = iter(self.ask([c for c, error in zip(cases, failed, strict=True) if error is None]))
         return [next(found) if error is None else error for error in failed]
 
+    def _able(self, patch: Patch | None) -> None:
+        """Ask what else the edited model can do, once."""
+        if self.ability is not None and patch and not self.journal.past("ability"):
+            self.journal.add("ability", found=self.ability.measure(self.lm, patch))
+
     # Remembering
 
     def _past(self, *kinds: str) -> list[Record]:
@@ -433,6 +449,14 @@ def _retention(
         scored = [_row(c, work.method, "sequential", b, a)["metrics"] for c, b, a in parts]
         out.append({"after": past["after"], "summary": metrics.summarise(scored, seed)})
     return [*out, {"after": len(rows), "summary": metrics.summarise([r["metrics"] for r in rows], seed)}]
+
+
+def _add_writing(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> None:
+    """The scores of what was written at length. How rare a word is, all cases' references say together."""
+    rarity = writing.rarities([text for c in cases for text in c.references])
+    for case, row in zip(cases, rows, strict=True):
+        openings = [p["after"]["text"] for p in row["probes"] if p["kind"] == "opening" and p["after"]]
+        row["metrics"] |= writing.scores(case, [text for text in openings if text is not None], rarity)
 
 
 def _row(case: Case, method: Method, regime: str, before: list[Answer], after: Outcome) -> dict[str, Any]:

@@ -21,8 +21,12 @@ METRICS = {
     "portability": "Does what follows from the new fact follow?",
     "fluency": "Is what it writes at length varied (entropy of word pairs and triples, in bits)?",
     "consistency": "Is what it writes at length like texts about the new fact (tf-idf cosine)?",
-    "judged": "Does another model take the answer for right?",
 }
+MORE = {
+    "written": "greedy, at length, from the data set's openings; scored as a text.",
+    "judged": "share of generated answers that another model takes for right.",
+}
+"""Protocols that are there only when asked for."""
 COSTS = ("seconds an edit", "seconds evaluating", "peak memory", "operations an edit")
 
 

@@ -49,6 +49,22 @@ def bench(
     ] = None,
     bad: Annotated[str | None, typer.Option("--bad", help="A malformed row: skip (and count) it, or fail.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the intervals.")] = None,
+    openings: Annotated[
+        bool | None, typer.Option("--openings", help="Also let the model write at length: fluency and consistency.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option("--text", help="Held-out text, for perplexity and KL.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="Tasks of lm-evaluation-harness, on the edited model.")
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat", help="Ask for generated answers by the model's chat template.")
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge", metavar="MODEL@URL", help="Let a model at an OpenAI-compatible endpoint judge answers."
+        ),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", metavar="A B", help="Compare two reports (files or folders) instead of running."),
@@ -62,7 +78,8 @@ def bench(
         _compare(compare, as_json)
         return
     given = dict(model=model, data=data, method=method, regime=regime, n=n, batch=batch, bad=bad, seed=seed)
-    given |= dict(dtype=dtype, device=device)
+    given |= dict(dtype=dtype, device=device, openings=openings, tasks=tasks, chat=chat)
+    given |= dict(text=None if text is None else str(text), judge=_judge(judge))
     given = {name: value for name, value in given.items() if value is not None}
     plan, made_with = _plan(run, given, assignments)
     _check(plan)
@@ -70,6 +87,15 @@ def bench(
         shell.check_writable(out)
     results = _measured(plan, made_with, out)
     shell.give(results.to_dict(), lambda: [results.table()], as_json)
+
+
+def _judge(named: str | None) -> dict[str, str] | None:
+    if named is None:
+        return None
+    model, at, url = named.partition("@")
+    if not (model and at and url):
+        raise UsageError(f"--judge is {named!r}; give MODEL@URL, as in gpt-4o-mini@https://api.openai.com/v1")
+    return {"url": url, "model": model}
 
 
 def _compare(paths: tuple[Path, Path], as_json: bool) -> None:

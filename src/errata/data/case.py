@@ -8,9 +8,9 @@ from typing import Literal
 from ..edit import Edit
 from ..errors import UsageError
 
-Kind = Literal["efficacy", "paraphrase", "neighbourhood", "portability"]
+Kind = Literal["efficacy", "paraphrase", "neighbourhood", "portability", "opening"]
 
-KINDS: tuple[Kind, ...] = ("efficacy", "paraphrase", "neighbourhood", "portability")
+KINDS: tuple[Kind, ...] = ("efficacy", "paraphrase", "neighbourhood", "portability", "opening")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Probe:
 
     kind: Kind
     """`efficacy` asks the edit's own prompt, `paraphrase` the same in other words, `neighbourhood` something that the
-    edit should leave alone, `portability` what follows from it."""
+    edit should leave alone, `portability` what follows from it; from an `opening` the model writes on at length."""
     prompt: str
     answer: str
     """What is right once the edit is made; for a neighbourhood, what was right all along."""
