@@ -178,11 +178,11 @@ def _nll(lm: LM, tokens: Tokens) -> Tensor:
 def _change(layer: Any) -> LowRank | None:
     """What a layer of PEFT adds to the weight beneath it, without the ranks that do nothing."""
     scale, right, left = layer.scaling[ADAPTER], layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    if isinstance(right, nn.Module):
-        right, left = right.weight, left.weight
-    else:  # AdaLoRA: three bare factors, and the scale is spread over the ranks that are left
+    if isinstance(right, Tensor):  # AdaLoRA: three bare factors, and the scale is spread over the ranks that are left
         right = right * layer.lora_E[ADAPTER]
         scale = scale / (layer.ranknum[ADAPTER] + 1e-5)
+    else:
+        right, left = right.weight, left.weight
     left, right = (left * scale).detach().float().cpu(), right.detach().float().cpu()
     used = (left != 0).any(0) & (right != 0).any(1)
     if not used.any():
