@@ -49,8 +49,8 @@ format: $(ready) ## format, and mend what ruff can mend
 	@$(python) -m ruff format .
 	@$(python) -m ruff check --fix .
 
-bench: $(ready) ## measure; for instance make bench ARGS='--method rome'
-	@$(bin)/errata bench $(ARGS)
+bench: $(ready) ## measure what an edit costs, beside a textbook loop; make bench ARGS=--quick is short
+	@$(python) benchmarks/edit_speed.py $(ARGS)
 
 clean: ## remove what was built and cached (.venv stays; to start over: rm -rf .venv)
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov

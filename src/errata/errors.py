@@ -14,6 +14,17 @@ class UsageError(ErrataError, ValueError):
     """What was asked for is wrong and can be asked differently (the shell exits with 2)."""
 
 
+def over(least: float, **settings: float) -> None:
+    """Refuse the first setting that is not greater than `least`.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for name, value in settings.items():
+        if not value > least:
+            raise UsageError(f"{name}={value:g} can't be used; give more than {least:g}")
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is not among the known ones, with the nearest of them."""
     known = sorted(known)

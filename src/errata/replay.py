@@ -71,9 +71,10 @@ class Replay:
         if "position_ids" in inspect.signature(lm.model.forward).parameters:
             self.inputs["position_ids"] = positions[:, before:]
         with torch.no_grad():
-            self.inputs["past_key_values"] = cache = self._read(ids, mask, positions, before)
-            self.kept = [dict(vars(layer)) for layer in cache.layers]
+            self.inputs["past_key_values"] = self._read(ids, mask, positions, before)
+            self._keep_cache()
             self.entering = self._enter()
+            self._keep_cache(hollow=len(self.still))
 
     def _read(self, ids: Tensor, mask: Tensor, positions: Tensor, before: int) -> Any:
         """The cache after the tokens before the start."""
@@ -85,6 +86,15 @@ class Replay:
         if "position_ids" in self.inputs:
             inputs["position_ids"] = positions[:, :before]
         return self.lm.model.get_decoder()(**inputs, use_cache=True).past_key_values
+
+    def _keep_cache(self, hollow: int = 0) -> None:
+        """Remember the cache as it is. The first `hollow` blocks won't read theirs: only its shape is kept."""
+        layers = self.inputs["past_key_values"].layers
+        for layer in layers[:hollow]:
+            for name, past in vars(layer).items():
+                if isinstance(past, Tensor) and past.ndim == 4:
+                    setattr(layer, name, past.new_zeros(1).expand(past.shape))
+        self.kept = [dict(vars(layer)) for layer in layers]
 
     def _enter(self) -> Any:
         """What the last of the lower blocks puts out."""
@@ -99,9 +109,8 @@ class Replay:
 
     def keep(self, rows: Tensor) -> None:
         """What was read of these rows stays: nothing is run again."""
-        cache = self.inputs["past_key_values"]
-        cache.batch_select_indices(rows)
-        self.kept = [dict(vars(layer)) for layer in cache.layers]
+        self.inputs["past_key_values"].batch_select_indices(rows)
+        self._keep_cache(hollow=len(self.still))
         self.entering = _rows_of(self.entering, rows)
         self.first, self.start = self.first[rows], self.start[rows]
         self.inputs |= {k: v[rows] for k, v in self.inputs.items() if isinstance(v, Tensor)}

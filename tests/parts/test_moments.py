@@ -2,11 +2,12 @@
 
 import json
 import sys
+import types
 
 import pytest
 import torch
 
-from errata import UsageError
+from errata import ErrataError, UsageError
 from errata.parts import moments
 from errata.store import Store
 from tests import tiny
@@ -151,3 +152,54 @@ def test_the_small_corpus_for_another_model_is_warned_of(lm):
         pytest.skip("the built-in corpus is not there")
     with pytest.warns(UserWarning, match="small corpus of almanac"):
         moments.prepare(lm, [lm.mlp_out(0)], moments.BUILT_IN)
+
+
+def test_the_standard_error_is_how_far_two_samples_are_apart(lm):
+    """E |C_1 - C_2|^2 is twice its square, and it falls with the square root of the texts."""
+    name, draw = lm.mlp_out(1).name, torch.Generator().manual_seed(0)
+    texts = [tiny.corpus()[int(i)] for i in torch.randint(len(tiny.corpus()), (1200,), generator=draw)]
+    found = [moments.second_moments(lm, [name], texts[i : i + 100])[name] for i in range(0, 1200, 100)]
+    C = torch.stack([m.C for m in found])
+    apart = float((C[::2] - C[1::2]).square().sum((1, 2)).mean() / 2) ** 0.5 / float(C.mean(0).norm())
+    errors = [m.error for m in found]
+    assert sum(errors) / len(errors) == pytest.approx(apart, rel=0.35)
+    whole = moments.second_moments(lm, [name], texts)[name]
+    assert whole.error == pytest.approx(sum(errors) / len(errors) / 12**0.5, rel=0.15)
+
+
+def test_what_is_kept_says_how_good_each_matrix_is(lm, corpus, monkeypatch):
+    monkeypatch.setattr(moments, "WINDOW", 60)
+    sites = [lm.mlp_out(i) for i in (0, 2)]
+    first = moments.prepare(lm, sites, corpus)
+    again = moments.prepare(tiny.lm("gpt2"), sites, corpus)  # from the store
+    for site in sites:
+        told, kept = first[site.name], again[site.name]
+        assert (told.tokens, told.change, told.error) == (kept.tokens, kept.change, kept.error)
+        assert 0 < told.error < 1
+    assert first[sites[0].name].change != first[sites[1].name].change
+
+
+def test_a_moment_from_elsewhere_is_solved_with(lm):
+    site = lm.mlp_out(1)
+    C = torch.eye(site.shape[1])
+    moments.give(lm, site, moments.Moment(2 * C, 10, 0.0))
+    assert torch.allclose(moments.cholesky(lm, site, moments.BUILT_IN), 2**0.5 * C.double())
+    moments.give(lm, site, moments.Moment(4 * C, 10, 0.0))  # nothing is left of what came from the first
+    assert torch.allclose(moments.cholesky(lm, site, moments.BUILT_IN), 2 * C.double())
+    assert torch.equal(moments.prepare(lm, [site], moments.BUILT_IN)[site.name].C, 4 * C)
+    with pytest.raises(UsageError, match="inputs"):
+        moments.give(lm, site, moments.Moment(torch.eye(3), 10, 0.0))
+
+
+def test_a_data_set_that_can_not_be_read_is_one_sentence(monkeypatch):
+    def load_dataset(*_args, **_kwargs):
+        raise ConnectionError("no network\nand a long story")
+
+    hub = types.ModuleType("datasets")
+    monkeypatch.setattr(hub, "load_dataset", load_dataset, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    with pytest.raises(ErrataError, match=r"'wikipedia' is no file here and can't be read .* \(no network\)"):
+        list(moments.texts("wikipedia"))
+    monkeypatch.setattr(hub, "load_dataset", lambda *_a, **_k: [{"title": "a", "body": "b"}])
+    with pytest.raises(UsageError, match="has fields title, body"):
+        list(moments.texts("wikipedia"))

@@ -68,8 +68,8 @@ def _numbers(layers: str | None) -> list[int] | None:
 
 
 def _known(moment: Moment) -> dict[str, Any]:
-    change = None if math.isnan(moment.change) else moment.change
-    return {"d_in": len(moment.C), "tokens": moment.tokens, "change": change}
+    change, error = (None if math.isnan(x) else x for x in (moment.change, moment.error))
+    return {"d_in": len(moment.C), "tokens": moment.tokens, "error": error, "change": change}
 
 
 @contextmanager
@@ -89,10 +89,10 @@ def _progress() -> Iterator[Callable[[int, float | None], None] | None]:
 
 def _shown(result: dict[str, Any]) -> list[RenderableType]:
     table = shell.table(
-        "layer", "matrix", "d_in", "tokens", "still moved by", right={"d_in", "tokens", "still moved by"}
+        "layer", "matrix", "d_in", "tokens", "error", "moved by", right={"d_in", "tokens", "error", "moved by"}
     )
     for row in result["layers"]:
-        moved = "–" if row["change"] is None else f"{row['change']:.1%}"
-        table.add_row(str(row["layer"]), escape(row["module"]), str(row["d_in"]), f"{row['tokens']:,}", moved)
-    note = "[dim]still moved by: relative change of C^-1 k when the tokens last doubled.[/]"
+        shares = ("–" if row[key] is None else f"{row[key]:.1%}" for key in ("error", "change"))
+        table.add_row(str(row["layer"]), escape(row["module"]), str(row["d_in"]), f"{row['tokens']:,}", *shares)
+    note = "[dim]error: of C, relative; moved by: the change of C^-1 k when the tokens last doubled.[/]"
     return [table, note, f"kept in {escape(result['folder'])}; use it with --set corpus={escape(result['text'])}"]

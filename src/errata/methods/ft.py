@@ -16,6 +16,7 @@ from torch.nn.functional import linear, log_softmax
 
 from ..changes import Dense
 from ..edit import Edit
+from ..errors import over
 from ..lm import LM
 from ..method import Method
 from ..patch import Patch
@@ -45,6 +46,7 @@ class FT(Method, name="ft"):
     """The loss at which training ends."""
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
+        over(0, steps=self.steps, rate=self.rate, **({} if self.bound is None else {"bound": self.bound}))
         sites = [lm.site(layer) for layer in self.layers]
         deltas = [torch.zeros(*site.shape, device=lm.device, requires_grad=True) for site in sites]
         tokens = lm.encode([passage(e, answer=e.target) for e in edits])

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..changes import Codebook
 from ..edit import Edit
+from ..errors import over
 from ..lm import LM, Site
 from ..method import Method
 from ..patch import Patch
@@ -44,6 +45,7 @@ class GRACE(Method, name="grace"):
     """
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
+        over(0, steps=self.steps, rate=self.rate, radius=self.radius)
         site = lm.site(self.at)
         tokens = lm.encode([passage(e, answer=e.target) for e in edits])
         rows, cols = torch.arange(len(edits), device=lm.device), tokens.target.long().argmax(1) - 1

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 
 from ..changes import LowRank
 from ..edit import Edit
-from ..errors import ErrataError
+from ..errors import ErrataError, over
 from ..lm import LM, Site
 from ..method import Method
 from ..parts import contexts
@@ -57,6 +57,7 @@ class KN(Method, name="kn"):
         contexts.sample(lm, self.lengths, self.seed)
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
+        over(0, steps=self.steps)
         (edit,) = edits
         truth, target = (_first_token(lm, edit, answer) for answer in (edit.truth, edit.target))
         sites = [lm.site(layer) for layer in range(len(lm.blocks))]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import UsageError
 from ..lm import LM
 from ..tokens import pad_left
 
@@ -22,6 +23,16 @@ def sample(lm: LM, lengths: Sequence[tuple[int, int]], seed: int) -> tuple[str, 
         drawn = [text for length, count in lengths for text in _continue(lm, length, count, seed)]
         lm.memo[key] = ("{}", *(f"{text}. {{}}" for text in drawn))
     return lm.memo[key]
+
+
+def give(lm: LM, templates: Sequence[str], lengths: Sequence[tuple[int, int]], seed: int = 0) -> None:
+    """Have methods with these `lengths` and `seed` use templates from elsewhere: the bare one first, each with `{}`."""
+    for template in templates:
+        if template.count("{}") != 1:
+            raise UsageError(
+                f"the context {template!r} has {template.count('{}')} places for the prompt; give one {{}}"
+            )
+    lm.memo["contexts", tuple(map(tuple, lengths)), seed] = tuple(templates)
 
 
 def _continue(lm: LM, length: int, count: int, seed: int) -> list[str]:

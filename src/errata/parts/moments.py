@@ -2,7 +2,8 @@
 
 One pass for all matrices asked for, which stops after the last of them; streamed, so that a corpus of any size takes
 the memory of one batch; resumed after a kill; and ended when more text no longer changes what is solved with C. What
-is kept says how many tokens it saw and how much it still moved, under the model's fingerprint and the corpus' digest.
+is kept says how many tokens it saw, its standard error and how much it still moved, under the model's fingerprint and
+the corpus' digest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import ErrataError, UsageError
 from ..lm import ALMANAC, LM, Site
 from ..store import Store
 from ..tokens import Passage
@@ -56,6 +57,19 @@ class Moment:
     """Over how many the mean was taken."""
     change: float
     """How much C^-1 k moved when the tokens last doubled, relative; nan if they never did."""
+    error: float = float("nan")
+    """The standard error of C, relative to its norm, if texts are independent of each other; nan if unknown."""
+
+
+def give(lm: LM, site: Site, moment: Moment, corpus: str = BUILT_IN) -> None:
+    """Have methods with this `corpus` solve with a second moment that was taken elsewhere."""
+    if tuple(moment.C.shape) != (site.shape[1],) * 2:
+        raise UsageError(
+            f"{site.name} has {site.shape[1]} inputs; the moment is {tuple(moment.C.shape)}, which is not C"
+        )
+    for key in [k for k in lm.memo if isinstance(k, tuple) and k[1:3] == (site.name, corpus)]:
+        del lm.memo[key]  # with what was derived from an earlier one
+    lm.memo["moment", site.name, corpus] = moment
 
 
 def prepare(lm: LM, sites: Sequence[Site], corpus: str, progress: Progress | None = None) -> dict[str, Moment]:
@@ -83,14 +97,19 @@ def prepare(lm: LM, sites: Sequence[Site], corpus: str, progress: Progress | Non
         kept = {n: found for n in missing if (found := store.load(keys[n])) is not None}
         wanted = [n for n in missing if n not in kept]
         if wanted:
-            resume = {"moments so far": wanted, **{k: v for k, v in keys[wanted[0]].items() if k != "moment"}}
+            resume = {
+                "moments so far": wanted,
+                "form": 2,
+                **{k: v for k, v in keys[wanted[0]].items() if k != "moment"},
+            }
             measured = second_moments(lm, wanted, texts(corpus), progress, (store, resume), TOLERANCE)
             for name, moment in measured.items():
-                kept[name] = {"C": moment.C, "seen": torch.tensor([moment.tokens, moment.change], dtype=torch.float64)}
+                seen = torch.tensor([moment.tokens, moment.change, moment.error], dtype=torch.float64)
+                kept[name] = {"C": moment.C, "seen": seen}
                 store.keep(keys[name], kept[name])
             store.drop(resume)
         for name, found in kept.items():
-            lm.memo["moment", name, corpus] = Moment(found["C"], int(found["seen"][0]), float(found["seen"][1]))
+            lm.memo["moment", name, corpus] = Moment(found["C"], int(found["seen"][0]), *found["seen"][1:].tolist())
     return {s.name: lm.memo["moment", s.name, corpus] for s in sites}
 
 
@@ -118,11 +137,24 @@ class _Sums:
     """By matrix, (d_in, d_in) float64."""
     probes: dict[str, Tensor] = field(default_factory=dict)
     """By matrix, the first keys seen: (PROBES, d_in) float32."""
+    spread: dict[str, float] = field(default_factory=dict)
+    """By matrix, the sum over texts of |K^T K|^2, whence the standard error."""
+    squares: float = 0.0
+    """The sum over texts of their tokens squared."""
     tokens: int = 0
     texts: int = 0
     last: tuple[int, dict[str, Tensor]] = (0, {})
     """Tokens and C^-1 k when convergence was last measured."""
-    change: float = float("nan")
+    change: dict[str, float] = field(default_factory=dict)
+    """By matrix, how much that moved then."""
+
+    def moment(self, name: str) -> Moment:
+        """What is known of a matrix by now."""
+        C = self.outer[name] / self.tokens
+        # texts vary about their mean n C: the sum of |K^T K - n C|^2, less what their lengths alone account for
+        varied = self.spread[name] - self.squares * float(C.norm()) ** 2
+        error = max(varied, 0.0) ** 0.5 / self.tokens / float(C.norm()) if C.any() else float("nan")
+        return Moment(C.float(), self.tokens, self.change.get(name, float("nan")), error)
 
 
 @torch.no_grad()
@@ -157,12 +189,12 @@ def second_moments(
         if resume:
             resume[0].keep(resume[1], _to_tensors(sums))
         if progress:
-            progress(sums.tokens, sums.change)
+            progress(sums.tokens, max(sums.change.values(), default=float("nan")))
         if converged:
             break
     if not sums.tokens:
         raise UsageError("the corpus holds no text; give a file with one text a line")
-    return {n: Moment((sums.outer[n] / sums.tokens).float(), sums.tokens, sums.change) for n in names}
+    return {n: sums.moment(n) for n in names}
 
 
 def _batches(lm: LM, window: Sequence[str]) -> Iterator[Tensor]:
@@ -184,14 +216,17 @@ def _add(lm: LM, names: Sequence[str], ids: Tensor, sums: _Sums) -> None:
     mask = ids >= 0
 
     def see(name: str, given: Any, _output: Any) -> None:
-        k = hidden(given, len(ids))[mask].float()
+        every = hidden(given, len(ids)).float() * mask[:, :, None]
+        k = every[mask]
         outer = (k.T @ k).double().cpu()
+        sums.spread[name] = sums.spread.get(name, 0.0) + float((every @ every.mT).double().square().sum())
         sums.outer[name] = sums.outer[name] + outer if name in sums.outer else outer
         seen = sums.probes.get(name, k[:0].cpu())
         if len(seen) < PROBES:
             sums.probes[name] = torch.cat([seen, k[:: max(1, len(k) // PROBES)][: PROBES - len(seen)].cpu()])
 
     watch(lm, names, {"input_ids": ids.clamp(min=0), "attention_mask": mask.long()}, see)
+    sums.squares += float(mask.sum(1).double().square().sum())
     sums.tokens += int(mask.sum())
 
 
@@ -202,29 +237,37 @@ def _measure(sums: _Sums, tolerance: float) -> bool:
         return False
     now = {n: solve.whiten(solve.factor(outer / sums.tokens), sums.probes[n]) for n, outer in sums.outer.items()}
     if solved:
-        sums.change = max(float((now[n] - solved[n]).norm() / now[n].norm()) for n in now)
-        log.info("%d tokens: C^-1 k moved by %.2g", sums.tokens, sums.change)
+        sums.change = {n: float((now[n] - solved[n]).norm() / now[n].norm()) for n in now}
+        log.info("%d tokens: C^-1 k moved by %.2g at most", sums.tokens, max(sums.change.values()))
     sums.last = sums.tokens, now
-    return sums.change < tolerance
+    return bool(solved) and max(sums.change.values()) < tolerance
 
 
 def _to_tensors(sums: _Sums) -> dict[str, Tensor]:
-    numbers = torch.tensor([sums.tokens, sums.texts, sums.last[0], sums.change], dtype=torch.float64)
+    numbers = _number(sums.tokens, sums.texts, sums.last[0], sums.squares)
     groups = {"outer": sums.outer, "probes": sums.probes, "last": sums.last[1]}
+    for name, plain in (("spread", sums.spread), ("change", sums.change)):
+        groups[name] = {n: _number(v) for n, v in plain.items()}
     return {"numbers": numbers, **{f"{g}/{n}": t for g, ts in groups.items() for n, t in ts.items()}}
+
+
+def _number(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _resumed(resume: tuple[Store, dict[str, Any]]) -> _Sums:
     found = resume[0].load(resume[1])
     if found is None:
         return _Sums()
-    tokens, count, last, change = found["numbers"].tolist()
+    tokens, count, last, squares = found["numbers"].tolist()
     group = {
         g: {k.partition("/")[2]: t for k, t in found.items() if k.startswith(f"{g}/")}
-        for g in ("outer", "probes", "last")
+        for g in ("outer", "probes", "last", "spread", "change")
     }
+    spread, change = ({n: float(t) for n, t in group[g].items()} for g in ("spread", "change"))
     log.info("second moments go on after %d tokens", tokens)
-    return _Sums(group["outer"], group["probes"], int(tokens), int(count), (int(last), group["last"]), change)
+    last = int(last), group["last"]
+    return _Sums(group["outer"], group["probes"], spread, squares, int(tokens), int(count), last, change)
 
 
 # Sources of text
@@ -238,7 +281,11 @@ def texts(corpus: str) -> Iterator[str]:
                 if line.strip():
                     yield _text(line, path, number) if path.suffix == ".jsonl" else line.strip()
     if not _files(corpus):
-        yield from (row["text"] for row in _hub(corpus) if row["text"].strip())
+        for row in _hub(corpus):
+            if not isinstance(row.get("text"), str):
+                raise UsageError(f"the data set {corpus!r} has fields {', '.join(row)}; a corpus needs a field 'text'")
+            if row["text"].strip():
+                yield row["text"]
 
 
 def _text(line: str, path: Path, number: int) -> str:
@@ -264,7 +311,7 @@ def _files(corpus: str) -> list[Path]:
     return []
 
 
-def _hub(corpus: str) -> Any:
+def _hub(corpus: str) -> Iterator[dict[str, Any]]:
     """A data set on the hub, `name` or `name:configuration`, streamed."""
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
@@ -273,7 +320,13 @@ def _hub(corpus: str) -> Any:
             f"{corpus!r} is no file here, and reading data sets from the hub needs: pip install 'errata[data]'"
         ) from None
     name, _, configuration = corpus.partition(":")
-    return load_dataset(name, configuration or None, split="train", streaming=True)
+    try:
+        yield from load_dataset(name, configuration or None, split="train", streaming=True)
+    except Exception as error:  # whatever the hub, the network or a data set's own reader raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ErrataError(
+            f"the corpus {corpus!r} is no file here and can't be read from the hub ({reason}); give a text file"
+        ) from error
 
 
 def _digest(corpus: str) -> str:

@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 
 def factor(C: Tensor) -> Tensor:
     """The Cholesky factor L of C + eps * mean(diag C) * I, (d, d) float64, with the least eps that keeps it steady."""
-    C = C.double()
-    unit = C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
+    C = C.to(torch.float64, copy=True)  # of matrices as large as this one, memory holds it and L
+    diagonal = C.diagonal().clone()
     for eps in (0.0, 1e-10, 1e-8, 1e-6, 1e-4):
-        L, failed = torch.linalg.cholesky_ex(C + eps * unit)
+        C.diagonal().copy_(diagonal + eps * diagonal.mean())
+        L, failed = torch.linalg.cholesky_ex(C)
         steady = L.diagonal().min() > 1e-6 * L.diagonal().max()  # else solving loses half of float64's digits
         if not failed and steady:
             if eps:

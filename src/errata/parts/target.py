@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from ..edit import Edit
+from ..errors import over
 from ..lm import LM
 from ..replay import Passes, passes
 from ..tokens import Passage, Tokens, passage
@@ -62,6 +63,8 @@ class TargetSearch:
             contexts: templates with `{}` for the prompt, the bare one first.
             merge: one v* for all edits of a subject, so that they don't fight over it (MEMIT-Merge).
         """
+        over(0, rate=self.rate, clamp=self.clamp)
+        over(1, steps=self.steps)  # the last one only measures
         number: dict[str | int, int] = {}
         member = torch.tensor([number.setdefault(e.subject if merge else i, len(number)) for i, e in enumerate(edits)])
         rows = [p for e in edits for p in _rows(e, contexts)]
