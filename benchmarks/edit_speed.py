@@ -4,8 +4,9 @@
 
 Prints a table and writes JSON. FLOPs are counted (`FlopCounterMode`), in a pass of its own, so they are the same on
 every machine. Beside wall time stands the processor's: on a machine with other work it is what can be compared. Memory
-is the peak above what the process held before. Every measurement is a process of its own, so that none finds another's
-memory; where memory is what is measured, the C library gives freed memory back at once. With a GPU, the same on random weights of Llama-2-7B's size in bfloat16 (not run so far: no GPU was at hand).
+is the peak above what the process held before; where it is what is measured, the C library gives freed memory back at
+once. Every measurement is a process of its own, so that none finds another's memory. With a GPU, the same on random
+weights of Llama-2-7B's size in bfloat16 (not run so far: no GPU was at hand).
 """
 
 from __future__ import annotations
