@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from errata import Site
-from errata.changes import Blocks, joined
+from errata import ErrataError, Site
+from errata.changes import Blocks, Change, SideMemories, joined, ties
 from tests import tiny
 
 
@@ -40,7 +40,7 @@ def equal(a: Blocks | None, b: Blocks) -> bool:
     )
 
 
-def answers(memory: Blocks | None, *keys: float) -> list[float]:
+def answers(memory: Change | None, *keys: float) -> list[float]:
     """What is added for each key, a multiple of the owner's number by the key's size."""
     s, x = site(), torch.zeros(1, len(keys), 4)
     x[0, :, 0] = torch.tensor(keys)
@@ -124,3 +124,66 @@ def test_the_log_tells_whose_block_answered_and_how_near(caplog: pytest.LogCaptu
     with caplog.at_level("DEBUG", logger="errata"):
         answers(memory, 5.0, 8.25)
     assert caplog.messages == ["it: row 0, token 1 is answered by 8, at 0.25 where the limit is 1"]
+
+
+# Side memories
+
+
+def side(scale: float, owner: int = 0, threshold: float = 1.0, replaces: int = 0) -> SideMemories:
+    """A memory that adds `scale` times the input's first entry to every output."""
+    delta = torch.zeros(1, 6, 4)
+    delta[..., 0] = scale
+    one = torch.tensor([1])
+    return SideMemories(one * owner, one * 0, delta, torch.tensor([threshold]), one, one * replaces)
+
+
+def both(a: SideMemories, b: SideMemories) -> SideMemories:
+    (made,) = a.join(b)
+    assert isinstance(made, SideMemories)
+    return made
+
+
+def test_a_token_gets_the_memory_that_moves_it_most_among_those_it_is_moved_by_enough():
+    memory = both(side(1.0, 0, threshold=1.0), side(-2.0, 1, threshold=20.0))
+    assert answers(memory, 0.3, 1.0, 3.0, 5.0) == [0, 4, 4, -8]  # moved by 0.7, 2.4, 7.3 and 12.2, or twice that
+
+
+def test_a_memory_that_was_written_on_takes_the_place_of_what_it_was():
+    first = side(1.0, owner=0)
+    written = both(first, side(3.0, owner=1, replaces=1))
+    assert written.deltas[:, 0, 0].tolist() == [3.0]
+    assert written.memory.tolist() == [0, 0]
+    apart = both(written, side(5.0, owner=2, replaces=9))  # written on something else
+    assert apart.deltas[:, 0, 0].tolist() == [3.0, 5.0]
+    assert apart.memory.tolist() == [0, 0, 1]
+
+
+def test_only_an_edit_that_has_a_side_memory_to_itself_can_be_taken_out():
+    memory = both(both(side(1.0, 0), side(3.0, 1, replaces=1)), side(5.0, 2))
+    with pytest.raises(ErrataError, match="shares a side memory"):
+        memory.without(0)
+    left = memory.without(2)
+    assert left is not None
+    assert left.deltas[:, 0, 0].tolist() == [3.0]
+    assert side(1.0, 0).without(0) is None
+
+
+def test_every_row_of_a_batch_may_have_side_memories_of_its_own():
+    rows = [side(1.0, 0), None, both(side(2.0, 0), side(-3.0, 1))]
+    s, x = site(), torch.randn(3, 6, 4)
+    wanted = []
+    for row, memory in zip(x, rows, strict=True):
+        undo = memory.attach(s) if memory else lambda: None
+        wanted.append(s.module(row[None])[0])
+        undo()
+    undo = SideMemories.attach_rows(s, rows)
+    torch.testing.assert_close(s.module(x), torch.stack(wanted))
+    undo()
+
+
+def test_ties_trims_elects_a_sign_and_averages_those_that_agree():
+    deltas = torch.tensor([[[4.0, -3.0, 0.1, 2.0]], [[2.0, 5.0, 3.0, -0.1]]])
+    weights = torch.tensor([0.5, 0.5])
+    assert ties(deltas, weights, density=0.75).tolist() == [[3.0, 5.0, 3.0, 2.0]]
+    assert ties(deltas, weights, density=1.0).tolist()[0][2] == pytest.approx(1.55)
+    assert ties(deltas[:1], weights[:1], density=1.0).tolist() == deltas[0].tolist()

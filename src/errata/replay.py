@@ -162,6 +162,18 @@ def passes(lm: LM, batch: Tokens, place: str, start: Tensor) -> Passes:
     return replay if lm.memo["replays", layer] else full
 
 
+def in_pass(here: Tensor, shift: Tensor, length: int) -> Tensor:
+    """Where in the hidden states of a pass, (batch, length), marked positions of a batch stand.
+
+    Args:
+        here: (batch, seq) bool.
+        shift: (batch,) the batch's column at which each row of the pass begins (its first column less `Passes.start`).
+        length: columns of the pass.
+    """
+    cols = torch.arange(length, device=here.device) + shift[:, None]
+    return here.gather(1, cols.clamp(0, here.shape[1] - 1)) & (cols < here.shape[1])
+
+
 @torch.no_grad()
 def _agree(replay: Replay, full: FullPasses, batch: Tokens) -> bool:
     """Whether both give the same logits at the last token of every row."""

@@ -1,15 +1,16 @@
 """The kinds of change a patch is made of, one file a kind.
 
-`LowRank` and `Dense` add to a weight; `Codebook` (GRACE) answers in its place near a key, `Blocks` (MELO) add to its
-output there; `Context` (IKE) puts text before a prompt and `Deferral` (SERAC) lets another model answer it, both under
-the name `WHOLE`, as they are of no module. Numbers are stored in float32, whatever the model computes in.
+`LowRank` and `Dense` add to a weight; `Codebook` (GRACE) answers in its place near a key; `Blocks` (MELO) and
+`SideMemories` (WISE) add to its output where a router lets them; `Context` (IKE) puts text before a prompt and
+`Deferral` (SERAC) lets another model answer it, both under the name `WHOLE`, as they are of no module. Numbers are
+stored in float32, whatever the model computes in.
 """
 
 from .change import Change, Undo, joined, kind_of
 from .codebook import Codebook
 from .context import Context
 from .deferral import Deferral
-from .gated import Blocks, Gated
+from .gated import Blocks, Gated, SideMemories, ties
 from .remembered import WHOLE, Remembered
 from .weights import Dense, LowRank, attach_rows
 
@@ -24,8 +25,10 @@ __all__ = [
     "Gated",
     "LowRank",
     "Remembered",
+    "SideMemories",
     "Undo",
     "attach_rows",
     "joined",
     "kind_of",
+    "ties",
 ]

@@ -1,4 +1,4 @@
-"""Memories beside a weight that answer only where a router lets them: MELO's blocks.
+"""Memories beside a weight that answer only where a router lets them: MELO's blocks and WISE's side memories.
 
 Every token is routed by itself, by what the module is given there. So what is answered does not depend on padding, on
 the rest of the batch, or on whether generation keeps a cache.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from ..errors import ErrataError
 from ..lm import Site
 from .change import Change, Undo
 from .routing import SAME, Index, settle, tell
@@ -103,7 +104,7 @@ class Blocks(Gated, kind="blocks"):
         cls, owners: Tensor, keys: Tensor, first: Tensor, labels: Tensor, block: Tensor, left: Tensor, right: Tensor
     ) -> Blocks:
         """The memory that points make in their order."""
-        labels = labels[:, : int((labels >= 0).sum(1).max()) + 1]
+        labels = labels[:, : int((labels >= 0).sum(1).max()) + 1].contiguous()
         derived = keys.clone(), first.clone(), torch.arange(len(keys)), torch.ones_like(owners)
         made = cls(owners, keys, first, labels, block, left, right, *derived)
         made._settle(0)
@@ -215,3 +216,102 @@ def _nearest_of(keys: Tensor, table: Tensor, queries: Tensor) -> Tensor:
     """Of each query (m, d) the nearest of its own candidates, `table` (m, most) with -1 behind the last; (m,)."""
     apart = (queries[:, None] - keys[table.clamp(min=0)]).norm(dim=-1).masked_fill(table < 0, torch.inf)
     return table.gather(1, apart.argmin(1)[:, None])[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class SideMemories(Gated, kind="side-memories"):
+    """Side memories of a weight. A token that one of them would move by more than its threshold gets the one that moves
+    it most; all others get the weight as it is.
+
+    WISE, Wang et al. 2024, https://arxiv.org/abs/2405.14768, its retrieving form; a single memory is its merging one.
+    """
+
+    memory: Tensor
+    """(n,) int64: in which memory each of `owners` was written."""
+    deltas: Tensor
+    """(memories, d_out, d_in): side memory less weight."""
+    thresholds: Tensor
+    """(memories,) of the norm of what is added to a token."""
+    sharded: Tensor
+    """(memories,) int64: how many shards were merged into each; 0 for one that is still written to."""
+    replaces: Tensor
+    """(memories,) int64: of how many edits, at the end of an earlier patch, this one has taken over the memories."""
+
+    @classmethod
+    def working(cls, site: Site, rows: Sequence[Change | None]) -> tuple[Route, Add, Tensor]:
+        device = site.module.get_parameter("weight").device
+        some = [row for row in rows if isinstance(row, SideMemories)]
+        deltas, thresholds = (
+            torch.cat([getattr(row, name) for row in some]).to(device) for name in ("deltas", "thresholds")
+        )
+        sizes = [len(row.deltas) if isinstance(row, SideMemories) else 0 for row in rows]
+        numbers = torch.arange(len(deltas), device=device).split(sizes)
+        table = pad_sequence(list(numbers), batch_first=True, padding_value=-1)
+
+        def route(inputs: Tensor) -> Routed:
+            own = deltas[table.clamp(min=0)]  # (rows, most, d_out, d_in)
+            gaps = (inputs[:, None] @ own.mT).norm(dim=-1).movedim(1, -1)  # (batch, seq, most)
+            limits = thresholds[table.clamp(min=0)][:, None].masked_fill(table[:, None] < 0, torch.inf)
+            gap, place = gaps.masked_fill(gaps <= limits, -1.0).max(-1)
+            part = table.expand(len(inputs), -1).gather(1, place).clamp(min=0)
+            return Routed(gap >= 0, part, gap, thresholds[part])
+
+        def add(inputs: Tensor, part: Tensor) -> Tensor:
+            added = inputs.new_zeros(len(inputs), deltas.shape[1])
+            for memory in part.unique().tolist():
+                added[part == memory] = inputs[part == memory] @ deltas[memory].T
+            return added
+
+        return route, add, torch.arange(len(deltas), device=device)
+
+    def fits(self, site: Site) -> bool:
+        return tuple(self.deltas.shape[1:]) == site.shape
+
+    def join(self, later: Change) -> tuple[Change, ...]:
+        """Memories of two patches stand side by side, but one that was written on takes the place of what it was."""
+        if not isinstance(later, SideMemories):
+            return self, later
+        stay = self._kept(int(later.replaces.sum()))
+        lost = self.memory >= stay
+        moved = torch.where(lost, stay, self.memory)
+        return (
+            SideMemories(
+                torch.cat([self.owners, later.owners]),
+                torch.cat([moved, later.memory + stay]),
+                *(
+                    torch.cat([getattr(self, name)[:stay], getattr(later, name)])
+                    for name in ("deltas", "thresholds", "sharded")
+                ),
+                torch.cat([self.replaces[:stay], later.replaces * 0 + self.replaces[stay:].sum()]),
+            ),
+        )
+
+    def _kept(self, edits: int) -> int:
+        """How many memories stay when a later one takes over the last so many edits; all, if it can't be these."""
+        sizes = self.memory.bincount(minlength=len(self.deltas))
+        held = sizes.flip(0).cumsum(0).tolist()
+        return len(self.deltas) - 1 - held.index(edits) if edits in held else len(self.deltas)
+
+    def without(self, edit: int) -> SideMemories | None:
+        mine, *others = self.memory[self.owners == edit].unique().tolist() or [None]
+        if mine is None:
+            return self
+        if others or (self.memory == mine).sum() > 1:
+            raise ErrataError("the edit shares a side memory with others, and can't be taken out of it")
+        keep, stay = torch.arange(len(self.deltas)) != mine, self.owners != edit
+        if not keep.any():
+            return None
+        memory = self.memory[stay]
+        rest = (getattr(self, name)[keep] for name in ("deltas", "thresholds", "sharded", "replaces"))
+        return SideMemories(self.owners[stay], memory - (memory > mine).long(), *rest)
+
+
+def ties(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
+    """Deltas (m, d_out, d_in) in one: of each only its largest entries, and of these the mean of those that have the
+    sign of their sum. Yadav et al. 2023 (TIES), https://arxiv.org/abs/2306.01708."""
+    least = max(1, deltas[0].numel() - int(density * deltas[0].numel()) + 1)
+    limit = deltas.abs().flatten(1).kthvalue(min(least, deltas[0].numel())).values[:, None, None]
+    weighted = weights[:, None, None] * deltas * (deltas.abs() >= limit)
+    agree = (weighted.sign() == weighted.sum(0).sign()) & (weighted != 0)
+    share = (weights[:, None, None] * agree).sum(0)
+    return (weighted * agree).sum(0) / share.where(share != 0, 1.0)

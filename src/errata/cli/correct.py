@@ -232,7 +232,7 @@ def changes(patch: Patch) -> list[dict[str, Any]]:
 
 
 def _extent(change: Change) -> str:
-    from ..changes import Blocks, Codebook, Dense, LowRank, Remembered
+    from ..changes import Blocks, Codebook, Dense, LowRank, Remembered, SideMemories
 
     if isinstance(change, LowRank):
         return f"{change.left.shape[0]} x {change.right.shape[1]}, rank {change.left.shape[1]}"
@@ -240,6 +240,11 @@ def _extent(change: Change) -> str:
         return f"{change.delta.shape[0]} x {change.delta.shape[1]}"
     if isinstance(change, Remembered):
         return f"{len(change.texts)} remembered"
+    if isinstance(change, SideMemories):
+        n, sizes = len(change.deltas), change.memory.bincount(minlength=len(change.deltas)).tolist()
+        limits = ", ".join(f"{size} from {limit:.3g} on" for size, limit in zip(sizes, change.thresholds, strict=True))
+        shape = " x ".join(map(str, change.deltas.shape[1:]))
+        return f"{n} {'memory' if n == 1 else 'memories'} of {shape}; edits: {limits}"
     if isinstance(change, Blocks):
         n, radii = len(change.live), change.radii[change.live]
         keys = f"{len(change.keys)} keys in {n} cluster{'s' * (n != 1)}, radius {radii.min():.3g} to {radii.max():.3g}"

@@ -20,6 +20,7 @@ from .r_rome import RROME
 from .rome import ROME
 from .serac import SERAC
 from .ultraedit import UltraEdit
+from .wise import WISE
 
 __all__ = [
     "EMMET",
@@ -32,6 +33,7 @@ __all__ = [
     "KN",
     "LoRA",
     "MELO",
+    "WISE",
     "MEMIT",
     "MEND",
     "PMET",

@@ -27,7 +27,7 @@ from ..edit import Edit
 from ..lm import LM, Site
 from ..method import Method
 from ..patch import Patch
-from ..replay import passes
+from ..replay import in_pass, passes
 from ..tokens import Tokens, passage
 from ..trace import beside, read
 
@@ -72,12 +72,12 @@ class MELO(Method, name="melo"):
         rows, cols = self._places(tokens)
         with self._beside(sites, factors, tokens, block.to(lm.device), torch.zeros_like(tokens.last)):
             seen = read(lm, [site.name for site in sites], tokens, rows, cols)
-        owners, radius = rows.cpu(), torch.full((len(rows),), self.radius)
-        labels = _labels(tokens, rows, cols).cpu()
+        owners, labels = rows.cpu(), _labels(tokens, rows, cols).cpu()
         changes = {}
         for site, (left, right) in zip(sites, factors, strict=True):
             keys, (left, right) = seen[site.name][0].float().cpu(), (t.detach().cpu() for t in (left, right))
-            made = Blocks.of(owners, keys, radius, labels, block[owners], self.scale * left, right)
+            radius = torch.full((len(rows),), self.radius)
+            made = Blocks.of(owners.clone(), keys, radius, labels.clone(), block[owners], self.scale * left, right)
             changes[site.name] = (made,)
         return Patch(changes)
 
@@ -122,8 +122,7 @@ class MELO(Method, name="melo"):
         def adding(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
             def added(inputs: Tensor) -> Tensor:
                 inputs = inputs.view(len(tokens), -1, inputs.shape[-1])
-                cols = torch.arange(inputs.shape[1], device=inputs.device) + shift[:, None]
-                works = here.gather(1, cols.clamp(0, here.shape[1] - 1)) & (cols < here.shape[1])
+                works = in_pass(here, shift, inputs.shape[1])
                 return self.scale * works[..., None] * (inputs @ right[block].mT @ left[block].mT)
 
             return added

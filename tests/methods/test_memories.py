@@ -1,0 +1,119 @@
+"""What GRACE, MELO and WISE promise beyond the contract: an answer that hangs on the text alone, edits that last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errata import GRACE, LM, MELO, WISE, Edit, Method, Patch, sequential
+from errata.changes import SideMemories
+from errata.patch import applied_by_row
+from errata.tokens import Passage, pad_left
+from tests import tiny
+
+EDITS = tuple(Edit(tiny.PROMPT, s, t) for s, t in [*tiny.CAPITALS.items()][:5])
+"""To a model that has learnt nothing, these are news too."""
+WISE_SMALL: dict[str, Any] = dict(
+    descent="adam", rate=3e-2, mask=0.5, near=0.2, far=1.0, apart=0.5, lengths=(), others=8, lines=20, steps=25
+)
+METHODS = {
+    "grace": GRACE(at=2, radius=0.3, steps=20),
+    "grace-prompt": GRACE(at=2, radius=0.3, steps=20, placement="prompt"),
+    "melo": MELO(at=(2, 3), rank=2, steps=30, rate=3e-2, radius=0.3),
+    "melo-prompt": MELO(at=(2,), rank=2, steps=30, rate=3e-2, radius=0.3, keys="prompt", per_block=2),
+    "wise": WISE(at=2, shard=2, merge=1, replay=True, **WISE_SMALL),
+    "wise-merged": WISE(at=2, shard=1, merge=2, retrieve=False, **WISE_SMALL),
+}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    return METHODS[request.param]
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return tiny.lm("llama")
+
+
+@pytest.fixture(scope="module")
+def patch(method: Method, lm: LM) -> Patch:
+    *_, last = sequential(method, lm, [EDITS[:2], EDITS[2:4], EDITS[4:]])
+    return last
+
+
+def same(a: Patch, b: Patch) -> bool:
+    x, y = a._tensors(), b._tensors()
+    return a.edits == b.edits and x.keys() == y.keys() and all(tiny.same_bits(x[k], y[k]) for k in x)
+
+
+def test_the_answer_hangs_on_neither_padding_nor_batch(patch: Patch, lm: LM):
+    texts = [EDITS[0].text, f"Today we learn. Yes. {EDITS[3].text}", "Yes", EDITS[4].text]
+    with patch.applied(lm), torch.no_grad():
+        alone = tiny.logits(lm, *texts)
+        right = lm.encode([Passage(t) for t in texts])
+        padded = lm.logits(torch.arange(len(texts)), right.last, **right.inputs)
+        left = pad_left(lm.tokenizer, texts)
+        positions = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        leftmost = lm.model(**left, position_ids=positions).logits[:, -1]
+    torch.testing.assert_close(padded, alone, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(leftmost, alone, atol=1e-3, rtol=1e-4)
+
+
+def test_the_answer_hangs_on_no_cache(patch: Patch, lm: LM):
+    inputs = pad_left(lm.tokenizer, [e.text for e in EDITS[:3]])
+    with patch.applied(lm), torch.no_grad():
+        found = [lm.continued(inputs, do_sample=False, max_new_tokens=6, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*found)
+
+
+def test_half_saved_loaded_and_the_other_half_is_the_whole(method: Method, lm: LM, patch: Patch, tmp_path: Path):
+    *_, half = sequential(method, lm, [EDITS[:2]])
+    half.save(tmp_path / "half.safetensors")
+    later = LM(lm.model, lm.tokenizer)
+    *_, whole = sequential(method, later, [EDITS[2:4], EDITS[4:]], Patch.load(tmp_path / "half.safetensors"))
+    assert same(whole, patch)
+
+
+def test_single_edits_answer_a_row_each_as_alone(method: Method, lm: LM):
+    made = method.each(lm, EDITS[:3])
+    batch = lm.encode([Passage(e.text) for e in EDITS[:3]])
+    with torch.no_grad():
+        with applied_by_row(lm, made):
+            together = lm.logits(torch.arange(3), batch.last, **batch.inputs)
+        for edit, one, found in zip(EDITS, made, together, strict=False):
+            with one.applied(lm):
+                torch.testing.assert_close(found, tiny.logits(lm, edit.text)[0], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grace", "melo"])
+def test_an_edit_taken_out_is_not_answered_any_more(name: str, lm: LM):
+    method = METHODS[name]
+    whole = method.edit(lm, EDITS[:3])
+    before = tiny.logits(lm, EDITS[1].text)
+    with whole.applied(lm):
+        assert not tiny.same_bits(tiny.logits(lm, EDITS[1].text), before)
+    left = whole.without(EDITS[1])
+    with left.applied(lm):
+        assert tiny.same_bits(tiny.logits(lm, EDITS[1].text), before)
+        assert not tiny.same_bits(tiny.logits(lm, EDITS[2].text), tiny.logits(LM(lm.model, lm.tokenizer), "Yes"))
+    assert left.edits == (EDITS[0], EDITS[2])
+
+
+def test_full_shards_are_merged_and_an_open_one_is_written_on(lm: LM):
+    method = WISE(at=2, shard=2, merge=2, **WISE_SMALL)
+    counts = []
+    for made in list(sequential(method, lm, [[e] for e in EDITS]))[1:]:
+        ((book,),) = made.changes.values()
+        assert isinstance(book, SideMemories)
+        counts.append((book.memory.bincount().tolist(), book.sharded.tolist()))
+    assert counts == [([1], [0]), ([2], [1]), ([2, 1], [1, 0]), ([4], [2]), ([4, 1], [2, 0])]
+
+
+def test_a_shard_writes_only_where_its_mask_lets_it(lm: LM):
+    ((book,),) = WISE(at=2, shard=9, **{**WISE_SMALL, "mask": 0.2}).edit(lm, EDITS[:1]).changes.values()
+    assert isinstance(book, SideMemories)
+    assert 0 < (book.deltas != 0).float().mean() < 0.25
