@@ -169,7 +169,15 @@ def small_settings(method: type[Method], lm: LM, corpus_file: str) -> Method:
     if issubclass(method, TargetSearch):  # facts are read off early in so small a model, and its values are short
         small |= {"layer": 0, "layers": (0, 1), "clamp": 20.0, "kl": 0.0}
     if method.trained:
-        small |= {"at": (0, 1), "rank": 16, "step": 1e-2, "weight": 1.0, "width": 64, "scope": 32}
+        small |= {
+            "at": (0, 1),
+            "rank": 16,
+            "hidden": 16,
+            "step": 1.0 if method.name == "ke" else 1e-2,
+            "weight": 1.0,
+            "width": 64,
+            "scope": 32,
+        }
         small["editor"] = editor(method, lm, {k: v for k, v in small.items() if k in _names(method)})
     if method.name == "ultraedit":
         small |= {"at": (0, 1), "rate": 1e-3}

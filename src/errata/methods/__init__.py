@@ -10,8 +10,10 @@ from .emmet import EMMET
 from .ft import FT, FTL, FTM
 from .grace import GRACE
 from .ike import ICE, IKE, Retrieval
+from .ke import KE
 from .kn import KN
 from .lora import LoRA
+from .malmen import MALMEN
 from .melo import MELO
 from .memit import MEMIT
 from .mend import MEND
@@ -30,10 +32,12 @@ __all__ = [
     "GRACE",
     "ICE",
     "IKE",
+    "KE",
     "KN",
     "LoRA",
     "MELO",
     "WISE",
+    "MALMEN",
     "MEMIT",
     "MEND",
     "PMET",

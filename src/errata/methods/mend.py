@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -24,31 +25,17 @@ Factors = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MEND(Trained, name="mend"):
-    """dW = -rate sum over tokens of g~ k~^T, where (k~, g~) is a network's answer to a token's (k, g), section 3.
-
-    The rate is learned for each matrix, one network serves all matrices of a shape, and its inputs are normalised. (The
-    authors' code adds and lets the rates find their sign; here they are positive, and it begins as a descent.)
-    """
-
-    paper = "Mitchell et al. 2022, Fast Model Editing at Scale"
-    source = "https://arxiv.org/abs/2110.11309"
+class TapEditor(Trained):
+    """A method whose network makes an update of the taps of an edit: the edit itself is one pass there and back."""
 
     at: tuple[int | str, ...] = ()
     """The matrices to change, by name; a layer's number stands for all matrices of its MLP."""
-    rank: int = 1920
-    """Of the network's layers."""
-    depth: int = 2
-    """How many they are."""
     step: float = 1e-4
     """The rate that training begins with."""
     weight: float = 0.1
     """How much the edit counts against what shall stay (c_edit)."""
     tokens: Which = "all"
-    """What of a text is looked at: every token, or only where the target is read off."""
-
-    first: ClassVar[Literal["scale", "relu"]] = "scale"
-    """How the network's layers are built (`hyper.Layer`)."""
+    """What of a text is looked at: every token (the authors), where the target is read off, or the subject's end."""
 
     # Editing
 
@@ -68,30 +55,11 @@ class MEND(Trained, name="mend"):
         sites = places(lm, self.at)
         return self.factors(lm, network, sites, tap(lm, sites, edits, self.tokens), edits)
 
+    @abstractmethod
     def factors(self, lm: LM, network: Any, sites: Sequence[Site], seen: Taps, edits: Sequence[Edit]) -> Factors:
         """What the network makes of taps."""
-        found: Factors = {}
-        for site, net, number in numbered(network, sites):
-            k, g = net(seen.K[site.name], seen.G[site.name], number)
-            found[site.name] = seen.owner, -net.log_rate[number].exp() * g, k
-        return found
 
     # Training
-
-    def network(self, lm: LM) -> nn.Module:
-        shapes = [site.shape for site in places(lm, self.at)]
-        return nn.ModuleDict(
-            {
-                _key(s): TapNet(s[1], s[0], min(self.rank, sum(s)), self.depth, shapes.count(s), self.step, self.first)
-                for s in dict.fromkeys(shapes)
-            }
-        )
-
-    def fit(self, lm: LM, network: Any, cases: Sequence[Case]) -> None:
-        sites = places(lm, self.at)
-        seen = tap(lm, sites, [c.edit for c in cases], self.tokens)
-        for site, net, _ in numbered(network, sites):
-            net.normal.update(torch.cat([seen.K[site.name], seen.G[site.name]], 1))
 
     def learn(self, lm: LM, network: nn.Module, cases: Sequence[Case], draw: random.Random) -> Losses:
         total, parts = self._losses(lm, network, cases, draw)
@@ -108,6 +76,52 @@ class MEND(Trained, name="mend"):
             edit, stay = losses(lm, asked)
         total = self.weight * edit + stay
         return total, {"total": total.item(), "edit": edit.item(), "stay": stay.item()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEND(TapEditor, name="mend"):
+    """dW = -rate sum over tokens of g~ k~^T, where (k~, g~) is a network's answer to a token's (k, g), section 3.
+
+    The rate is learned for each matrix, one network serves all matrices of a shape, and its inputs are normalised. (The
+    authors' code adds and lets the rates find their sign; here they are positive, and it begins as a descent.)
+    """
+
+    paper = "Mitchell et al. 2022, Fast Model Editing at Scale"
+    source = "https://arxiv.org/abs/2110.11309"
+
+    rank: int = 1920
+    """Of the network's layers."""
+    depth: int = 2
+    """How many they are."""
+
+    first: ClassVar[Literal["scale", "relu"]] = "scale"
+    """How the network's layers are built (`hyper.Layer`)."""
+
+    def factors(self, lm: LM, network: Any, sites: Sequence[Site], seen: Taps, edits: Sequence[Edit]) -> Factors:
+        found: Factors = {}
+        for site, net, number in numbered(network, sites):
+            k, g = net(seen.K[site.name], seen.G[site.name], number)
+            found[site.name] = seen.owner, -net.log_rate[number].exp() * g, k
+        return found
+
+    net: ClassVar[type[TapNet]] = TapNet
+
+    def network(self, lm: LM) -> nn.Module:
+        shapes = [site.shape for site in places(lm, self.at)]
+        return nn.ModuleDict(
+            {
+                _key(s): self.net(
+                    s[1], s[0], min(self.rank, sum(s)), self.depth, shapes.count(s), self.step, self.first
+                )
+                for s in dict.fromkeys(shapes)
+            }
+        )
+
+    def fit(self, lm: LM, network: Any, cases: Sequence[Case]) -> None:
+        sites = places(lm, self.at)
+        seen = tap(lm, sites, [c.edit for c in cases], self.tokens)
+        for site, net, _ in numbered(network, sites):
+            net.normal.update(torch.cat([seen.K[site.name], seen.G[site.name]], 1))
 
 
 def numbered(network: Mapping[str, Any], sites: Sequence[Site]) -> list[tuple[Site, Any, int]]:

@@ -29,7 +29,7 @@ class UltraEdit(Method, name="ultraedit"):
     rate: float = 1e-6
     """How far the update goes (the paper's eta)."""
     tokens: Which = "all"
-    """What of a text is looked at: every token (EasyEdit), or only where the target is read off."""
+    """What of a text is looked at: every token (EasyEdit), where the target is read off, or the subject's end."""
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         sites = places(lm, self.at)

@@ -76,3 +76,18 @@ class TapNet(nn.Module):
             y = layer(y, matrix)
         k, g = y.split(self.sizes, 1)
         return k, g
+
+
+class RidgeNet(TapNet):
+    """A `TapNet` with the weight of the ridge by which its answers are joined, for each matrix."""
+
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, depth: int, matrices: int, rate: float, first: Literal["scale", "relu"]
+    ) -> None:
+        super().__init__(d_in, d_out, rank, depth, matrices, rate, first)
+        self.log_ridge = nn.Parameter(torch.zeros(matrices))
+
+    def values(self, K: Tensor, G: Tensor, matrix: int) -> Tensor:
+        """How the output at each token shall move, (m, d_out): v = -rate (k . k~) g~ (MALMEN, eq. 3)."""
+        k, g = self(K, G, matrix)
+        return -self.log_rate[matrix].exp() * (K * k).sum(1, keepdim=True) * g

@@ -9,21 +9,23 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, linear, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data import Case
+from ..data import Case, Probe
 from ..lm import LM, Site
 from ..tokens import Tokens, follow
 from ..trace import beside
 from .taps import nll
 
-ROWS = 4
-"""Questions on an edit: its own prompt, the same in other words, a neighbour, and something unrelated."""
+ROWS = 2
+"""Questions on an edit: one that it should answer (its own prompt or a paraphrase), one that it should leave alone."""
+FAR = 0.2
+"""How often that is something unrelated and no neighbour."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,24 +43,30 @@ def questions(lm: LM, cases: Sequence[Case], draw: random.Random) -> Questions:
     """Draw the questions of a batch."""
     found = []
     for number, case in enumerate(cases):
-        other = cases[(number + 1 + draw.randrange(max(1, len(cases) - 1))) % len(cases)]
-        near = [p for p in case.probes if p.kind == "neighbourhood"] or list(other.probes[1:]) or other.probes
-        same = [p for p in case.probes if p.kind == "paraphrase"] or [case.probes[0]]
-        far = [p for p in other.probes if p.kind == "neighbourhood"] or [other.probes[0]]
-        drawn = case.probes[0], draw.choice(same), draw.choice(near), draw.choice(far)
-        found += [follow(p.prompt, p.answer) for p in drawn]
+        other = cases[(number + 1) % len(cases)]
+        same = [p for p in case.probes if p.kind == "paraphrase"]
+        near = [p for p in case.probes if p.kind == "neighbourhood"]
+        asked = draw.choice(same) if same and draw.random() < 0.5 else case.probes[0]
+        stays = draw.choice(near) if near and draw.random() > FAR else _unrelated(other, draw)
+        found += [follow(p.prompt, p.answer) for p in (asked, stays)]
     tokens = lm.encode(found)
-    keep = tokens.reads[0] % ROWS >= 2
+    keep = tokens.reads[0] % ROWS == 1
     with torch.no_grad():
         rows, cols = tokens.reads
         before = log_softmax(lm.logits(rows[keep], cols[keep], **tokens.inputs), -1)
     return Questions(tokens, keep, before)
 
 
+def _unrelated(other: Case, draw: random.Random) -> Probe:
+    """A question on another case that its own edit would change, with the answer that it has now where it is known."""
+    asked = draw.choice(other.probes)
+    return replace(asked, answer=other.edit.truth or asked.answer) if asked.kind != "neighbourhood" else asked
+
+
 def losses(lm: LM, asked: Questions) -> tuple[Tensor, Tensor]:
     """Of the model as it is now: mean NLL of what shall be said, and mean KL where nothing shall change."""
     logits = lm.logits(*asked.tokens.reads, **asked.tokens.inputs)
-    said = nll(logits, asked.tokens).view(-1, ROWS)[:, :2].mean()
+    said = nll(logits, asked.tokens)[::ROWS].mean()
     now = log_softmax(logits[asked.keep], -1)
     return said, kl_div(now, asked.before, log_target=True, reduction="batchmean")
 

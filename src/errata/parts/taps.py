@@ -24,8 +24,9 @@ from ..trace import hidden
 TOKENS = 16_384
 """Tokens in one pass, padding included. Changes the memory, not the result."""
 
-Which = Literal["all", "target"]
-"""Tokens that are tapped: all that are read before the target ends, or those that the target's tokens are read off."""
+Which = Literal["all", "target", "subject"]
+"""Tokens that are tapped: all that are read before the target ends, those that the target's tokens are read off, or the
+subject's last one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +102,9 @@ def _chosen(tokens: Tokens, which: Which) -> Tensor:
     chosen = torch.zeros_like(tokens.target)
     if which == "target":
         chosen[tokens.reads] = True
+        return chosen
+    if which == "subject":
+        chosen[torch.arange(len(tokens), device=tokens.ids.device), tokens.subject] = True
         return chosen
     return torch.arange(tokens.ids.shape[1], device=tokens.ids.device) < tokens.last[:, None]
 

@@ -1,0 +1,126 @@
+"""MALMEN: MEND for thousands of edits, whose updates are joined by least squares instead of being summed.
+
+Neither editing nor training holds more than one pass of edits: the normal equation is two sums over tokens, and the
+gradient of the loss reaches the network through the gradient of the update alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..changes import Dense
+from ..data import Case
+from ..edit import Edit
+from ..lm import LM, Site
+from ..method import Method
+from ..parts.hyper import RidgeNet, TapNet
+from ..parts.outer import losses, questions, weights
+from ..parts.taps import Taps, in_passes, places
+from ..patch import Patch
+from ..train import Losses
+from .mend import MEND, numbered
+
+TOGETHER = 32
+"""Cases whose questions are asked in one pass of training. Changes the memory, not the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MALMEN(MEND, name="malmen"):
+    """dW = V^T K (K^T K + ridge I)^-1, with v = -rate (k . k~) g~ for every token of every edit (eq. 2 and 3)."""
+
+    paper = "Tan et al. 2024, Massive Editing for Large Language Models via Meta Learning"
+    source = "https://arxiv.org/abs/2311.04661"
+
+    step: float = 1e-6
+    """The rate that training begins with."""
+    weight: float = 1.0
+    """How much the edit counts against what shall stay."""
+
+    first: ClassVar[Literal["scale", "relu"]] = "relu"
+    net: ClassVar[type[TapNet]] = RidgeNet
+
+    patches = Method.patches  # each edit by itself: there is nothing to join
+
+    def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
+        how, network = self.ready(lm)
+        sites = places(lm, how.at)
+        with torch.no_grad():
+            sums = normal(network, sites, in_passes(lm, sites, edits, how.tokens))
+        owners = torch.arange(len(edits))
+        return Patch({name: (Dense(owners, update.float().cpu()),) for name, (_, update) in solved(sums).items()})
+
+    def learn(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
+        sites = places(lm, self.at)
+        seen = list(in_passes(lm, sites, [c.edit for c in cases], self.tokens))
+        with torch.no_grad():
+            found = solved(normal(network, sites, seen))
+        deltas = {name: update.float().requires_grad_() for name, (_, update) in found.items()}
+        parts = self._asked(lm, sites, deltas, cases, draw)
+        for site, net, number in numbered(network, sites):
+            A, update = found[site.name]
+            grad = deltas[site.name].grad
+            assert grad is not None
+            M = torch.linalg.solve(A, grad.to(A).T).T  # the gradient of V^T K
+            ridge = net.log_ridge[number]
+            (-(M * update).sum().to(ridge) * ridge.detach().exp() * ridge).backward()
+            for taps in seen:
+                K = taps.K[site.name]
+                (net.values(K, taps.G[site.name], number) * (K @ M.T.to(K))).sum().backward()
+        return parts
+
+    def judge(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
+        sites = places(lm, self.at)
+        sums = normal(network, sites, in_passes(lm, sites, [c.edit for c in cases], self.tokens))
+        return self._asked(lm, sites, {n: update.float() for n, (_, update) in solved(sums).items()}, cases, draw)
+
+    def _asked(
+        self, lm: LM, sites: Sequence[Site], deltas: Mapping[str, Tensor], cases: Sequence[Case], draw: random.Random
+    ) -> Losses:
+        """The losses of one update shared by all cases; where it takes gradients, they are left in it."""
+        found = {"total": 0.0, "edit": 0.0, "stay": 0.0}
+        for start in range(0, len(cases), TOGETHER):
+            some = cases[start : start + TOGETHER]
+            asked = questions(lm, some, draw)
+            with weights(sites, deltas):
+                edit, stay = losses(lm, asked)
+            total, share = self.weight * edit + stay, len(some) / len(cases)
+            if total.requires_grad:
+                (share * total).backward()
+            for name, value in (("total", total), ("edit", edit), ("stay", stay)):
+                found[name] += share * value.item()
+        return found
+
+
+Sums = dict[str, tuple[Tensor, Tensor]]
+"""By matrix: K^T K + ridge I, (d_in, d_in), and V^T K, (d_out, d_in); float64."""
+
+
+def normal(network: Any, sites: Sequence[Site], passes: Iterable[Taps]) -> Sums:
+    """The two sides of the normal equation, summed pass by pass."""
+    found: Sums = {}
+    rows = numbered(network, sites)
+    for site, net, number in rows:
+        d_out, d_in = site.shape
+        like = {"dtype": torch.float64, "device": net.log_ridge.device}
+        found[site.name] = (
+            net.log_ridge[number].double().exp() * torch.eye(d_in, **like),
+            torch.zeros(d_out, d_in, **like),
+        )
+    for taps in passes:
+        for site, net, number in rows:
+            K = taps.K[site.name]
+            V = net.values(K, taps.G[site.name], number).double()
+            A, B = found[site.name]
+            found[site.name] = A + K.double().T @ K.double(), B + V.T @ K.double()
+    return found
+
+
+def solved(sums: Sums) -> Sums:
+    """By matrix: the left side, and the update (d_out, d_in)."""
+    return {name: (A, torch.linalg.solve(A, B.T).T) for name, (A, B) in sums.items()}

@@ -1,0 +1,100 @@
+"""What an editor is trained on is what its patch does; a batch of edits is their sum; MALMEN's is joined."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from errata import KE, MALMEN, MEND
+from errata.methods.malmen import normal, solved
+from errata.parts import outer
+from errata.parts.outer import losses, own, questions, weights
+from errata.parts.taps import change, places, tap
+from tests import tiny
+
+WHERE = {"at": (0, "model.layers.2.mlp.down_proj"), "step": 1e-2}
+MADE = {"mend": MEND(**WHERE, rank=4), "ke": KE(**WHERE, hidden=8), "malmen": MALMEN(**WHERE, rank=4)}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny.trained("llama")
+
+
+def stirred(how, lm):
+    """A network that is not the identity any more."""
+    torch.manual_seed(1)
+    network = how.network(lm)
+    how.fit(lm, network, tiny.cases())
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return network
+
+
+@pytest.mark.parametrize("name", ["mend", "ke"])
+def test_training_sees_each_edit_as_its_own_patch(lm, name):
+    how, cases = MADE[name], tiny.cases()[:3]
+    with lm.frozen(), torch.no_grad():
+        network, sites = stirred(how, lm), places(lm, how.at)
+        edits = [c.edit for c in cases]
+        found = how.factors(lm, network, sites, tap(lm, sites, edits, how.tokens), edits)
+        asked = questions(lm, cases, random.Random(0))
+        with own(sites, found):
+            together = lm.logits(*asked.tokens.reads, **asked.tokens.inputs)
+        rows = asked.tokens.reads[0] // outer.ROWS
+        for i, case in enumerate(cases):
+            (made,) = [how.made(lm, network, [case.edit])]
+            undo = [change(*parts).attach(site) for site in sites for parts in [made[site.name]]]
+            alone = lm.logits(*asked.tokens.reads, **asked.tokens.inputs)
+            for back in undo:
+                back()
+            torch.testing.assert_close(together[rows == i], alone[rows == i], atol=2e-4, rtol=1e-3)
+
+
+def test_mends_batch_is_the_sum_of_its_edits(lm):
+    how, edits = MADE["mend"], list(tiny.EDITS)
+    with lm.frozen():
+        network, sites = stirred(how, lm), places(lm, how.at)
+        together = how.made(lm, network, edits)
+        alone = [how.made(lm, network, [e]) for e in edits]
+    for site in sites:
+        _, left, right = together[site.name]
+        wanted = sum(one[site.name][1].T @ one[site.name][2] for one in alone)
+        torch.testing.assert_close(left.T @ right, wanted, atol=1e-5, rtol=1e-3)
+
+
+def test_malmens_decoupled_gradients_are_those_of_the_whole_graph(lm):
+    """The network learns the same as if the loss had been differentiated through everything at once."""
+    how, cases = MADE["malmen"], tiny.cases()[:4]
+    with lm.frozen(), torch.enable_grad():
+        network, sites = stirred(how, lm), places(lm, how.at)
+        seen = tap(lm, sites, [c.edit for c in cases], how.tokens)
+        found = solved(normal(network, sites, [seen]))
+        asked = questions(lm, cases, random.Random(0))
+        with weights(sites, {n: update.float() for n, (_, update) in found.items()}):
+            edit, stay = losses(lm, asked)
+        (how.weight * edit + stay).backward()
+        direct = {n: p.grad.clone() for n, p in network.named_parameters()}
+        network.zero_grad()
+        how.learn(lm, network, cases, random.Random(0))
+        for name, p in network.named_parameters():
+            scale = direct[name].abs().max().item()
+            torch.testing.assert_close(p.grad, direct[name], atol=1e-4 * scale + 1e-8, rtol=1e-2)
+
+
+def test_malmens_batch_weighs_no_edit_less_for_its_company(lm):
+    """The drop at batches above one that another implementation shows: here the batch is one least-squares problem."""
+    how, edits = MADE["malmen"], list(tiny.EDITS)
+    with lm.frozen(), torch.no_grad():
+        network, sites = stirred(how, lm), places(lm, how.at)
+        site = sites[0]
+        every = tap(lm, sites, edits, how.tokens)
+        update = solved(normal(network, sites, [every]))[site.name][1]
+        net = network["x".join(map(str, site.shape))]
+        K, V = every.K[site.name].double(), net.values(every.K[site.name], every.G[site.name], 0).double()
+        A = torch.cat([K, (net.log_ridge[0].double() / 2).exp() * torch.eye(K.shape[1]).double()])
+        wanted = torch.linalg.lstsq(A, torch.cat([V, torch.zeros(K.shape[1], V.shape[1]).double()])).solution.T
+    torch.testing.assert_close(update, wanted, atol=1e-6 * wanted.abs().max().item(), rtol=1e-4)
