@@ -61,7 +61,13 @@ for command, examples in {
     diff: ["errata diff a.safetensors b.safetensors", "errata diff corrections p.safetensors"],
     merge: ["errata merge corrections p.safetensors q.safetensors", "errata merge corrections --out all.safetensors"],
     revert: ["errata revert corrections p", 'errata revert corrections q --edit "Danielle Darrieux" --dry-run'],
-    bench: ["errata bench --method rome,ft-l,grace --n 20", "errata bench --regime sequential --out report.json"],
+    bench: [
+        "errata bench --method rome,ft-l,grace --n 20",
+        "errata bench --regime single,sequential --n 200 --out runs/x",
+        "errata bench runs/x/run.yaml --out runs/y",
+        "errata bench --compare runs/x runs/y",
+        "errata bench recipe easyedit-zsre --model almanac --data counterfact-mini --n 50",
+    ],
     trace: [
         'errata trace "The mother tongue of {} is" --subject "Danielle Darrieux" --plot map.png',
         "errata trace --data counterfact-mini --n 50 --model openai-community/gpt2",

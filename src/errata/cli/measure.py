@@ -16,6 +16,7 @@ from . import options, shell
 
 if TYPE_CHECKING:
     from ..bench import Plan, Results
+    from ..bench.recipe import Recipe
 
 
 def bench(
@@ -81,12 +82,30 @@ def bench(
     given |= dict(dtype=dtype, device=device, openings=openings, tasks=tasks, chat=chat)
     given |= dict(text=None if text is None else str(text), judge=_judge(judge))
     given = {name: value for name, value in given.items() if value is not None}
-    plan, made_with = _plan(run, given, assignments)
+    recipe = _recipe(run)
+    plan, made_with = _plan(None if recipe else run, given, assignments)
+    if recipe is not None:
+        plan = _with_settings(recipe.plan(**given), assignments)
     _check(plan)
     if out is not None and out.suffix == ".json":
         shell.check_writable(out)
     results = _measured(plan, made_with, out)
-    shell.give(results.to_dict(), lambda: [results.table()], as_json)
+    if recipe is None:
+        shell.give(results.to_dict(), lambda: [results.table()], as_json)
+    else:
+        found = {**results.to_dict(), "recipe": {"name": recipe.name, "rows": recipe.rows(results)}}
+        shell.give(found, lambda: [recipe.table(results)], as_json)
+
+
+def _recipe(words: list[str] | None) -> Recipe | None:
+    """The recipe that the words name, if they name one."""
+    if not words or words[0] != "recipe":
+        return None
+    from ..bench.recipe import recipe, recipes
+
+    if len(words) != 2:
+        raise UsageError(f"errata bench recipe takes one name; known: {', '.join(recipes())}")
+    return recipe(words[1])
 
 
 def _judge(named: str | None) -> dict[str, str] | None:
@@ -119,11 +138,13 @@ def _plan(words: list[str] | None, given: dict[str, Any], assignments: list[str]
         raise UsageError("--method names none; give one, or several separated by commas")
     asked = Plan.of(given, "the options")
     plan = replace(plan, **{name: getattr(asked, name) for name in given})
-    if assignments:
-        plan = replace(
-            plan, method={name: {**kept, **_chosen(name, assignments)} for name, kept in plan.method.items()}
-        )
-    return plan, made_with
+    return _with_settings(plan, assignments), made_with
+
+
+def _with_settings(plan: Plan, assignments: list[str] | None) -> Plan:
+    if not assignments:
+        return plan
+    return replace(plan, method={name: {**kept, **_chosen(name, assignments)} for name, kept in plan.method.items()})
 
 
 def _chosen(name: str, assignments: list[str]) -> dict[str, Any]:

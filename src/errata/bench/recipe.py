@@ -1,0 +1,129 @@
+"""Published tables, and the run that gives ours beside them: `errata bench recipe easyedit-zsre --model PATH`.
+
+A recipe (`recipes.toml`) fixes data, regime, protocol and columns; the methods take their presets for the model.
+Methods that the table has and errata lacks are shown without a number of ours.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from rich.table import Table
+
+from ..errors import unknown
+from ..method import methods
+from .plan import Plan
+from .results import Results
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One published table."""
+
+    name: str
+    title: str
+    source: str
+    model: str
+    """On the hub; what the table was made with."""
+    data: str
+    data_note: str
+    regime: str
+    protocol: str
+    columns: tuple[str, ...]
+    published: Mapping[str, Sequence[float]]
+    """By method, in the order of the columns, as percentages; empty where the numbers are not quoted here."""
+    n: int | None = None
+    batch: int | None = None
+
+    def plan(self, **given: Any) -> Plan:
+        """The run. What is given goes before what the recipe says: another model, other data, fewer cases.
+
+        Methods that errata doesn't have, or that need a trained editor that nobody named, are not run.
+        """
+        known = methods()
+        chosen = {m: {} for m in self.published if m in known and not known[m].trained}
+        values = {"model": self.model, "data": self.data, "n": self.n, "batch": self.batch, "method": chosen}
+        return Plan.of({**values, "regime": self.regime, **given}, f"the recipe {self.name}")
+
+    def rows(self, results: Results) -> list[dict[str, Any]]:
+        """A row for each method and column: `published`, and `ours` with its interval, both in percent."""
+        ours = {r.about["method"]: r.summary for r in results.reports}
+        return [
+            {
+                "method": method,
+                "metric": metric,
+                "protocol": self.protocol,
+                "published": value,
+                "ours": _percent(ours.get(method, {}).get(metric, {}).get(self.protocol)),
+            }
+            for method, values in self.published.items()
+            for metric, value in zip(self.columns, values or [None] * len(self.columns), strict=True)
+        ]
+
+    def table(self, results: Results) -> Table:
+        """Published and ours beside each other, for the terminal."""
+        about = results.reports[0].about
+        same = about["model"]["name"] == self.model
+        made = Table(
+            title=f"{self.title}: published beside ours ({self.protocol}, {about['regime']})",
+            caption=_caption(self, results, same),
+            caption_justify="left",
+        )
+        made.add_column("method")
+        for column in self.columns:
+            made.add_column(f"{column}\npublished", justify="right")
+            made.add_column("ours", justify="right")
+        rows = self.rows(results)
+        for start in range(0, len(rows), len(self.columns)):
+            cells = []
+            for row in rows[start : start + len(self.columns)]:
+                quoted = "–" if row["published"] is None else f"{row['published']:.2f}"
+                cells += [quoted, _said(row["ours"])]
+            made.add_row(rows[start]["method"], *cells)
+        return made
+
+
+@cache
+def recipes() -> dict[str, Recipe]:
+    """Every recipe by its name."""
+    found = tomllib.loads(resources.files("errata.bench").joinpath("recipes.toml").read_text(encoding="utf-8"))
+    return {name: Recipe(name, **{**one, "columns": tuple(one["columns"])}) for name, one in found.items()}
+
+
+def recipe(name: str) -> Recipe:
+    """A recipe by its name."""
+    if name not in recipes():
+        raise unknown("recipe", name, recipes())
+    return recipes()[name]
+
+
+def _percent(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if found is None or found["mean"] is None:
+        return None
+    return {**{k: 100 * found[k] for k in ("mean", "low", "high")}, "n": found["n"]}
+
+
+def _said(ours: Mapping[str, Any] | None) -> str:
+    return "–" if ours is None else f"{ours['mean']:.2f} ±{(ours['high'] - ours['low']) / 2:.1f}"
+
+
+def _caption(recipe: Recipe, results: Results, same: bool) -> str:
+    data = results.about["data"]
+    lines = [
+        f"published: {recipe.source}, on {recipe.model}",
+        f"ours: {results.reports[0].about['model']['name']}, {data['n']} cases of {data['name']}, 95% intervals",
+    ]
+    if not same:
+        lines.append("ours is another model: this shows that the protocol runs, not that the number is reproduced")
+    if not any(recipe.published.values()):
+        lines.append("the published numbers are not quoted here; see the source")
+    lines += [f"no number for {one['method']}: {one['error']}" for one in results.about["left_out"]]
+    missing = [m for m in recipe.published if m not in {r.about["method"] for r in results.reports}]
+    if missing:
+        lines.append(f"not run: {', '.join(missing)}")
+    return "\n".join(lines)
