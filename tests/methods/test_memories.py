@@ -117,3 +117,11 @@ def test_a_shard_writes_only_where_its_mask_lets_it(lm: LM):
     ((book,),) = WISE(at=2, shard=9, **{**WISE_SMALL, "mask": 0.2}).edit(lm, EDITS[:1]).changes.values()
     assert isinstance(book, SideMemories)
     assert 0 < (book.deltas != 0).float().mean() < 0.25
+
+
+def test_writing_on_leaves_the_earlier_patch_as_it_was_and_one_edit_can_be_saved(lm: LM, tmp_path: Path):
+    method = METHODS["wise"]
+    first = method.edit(lm, EDITS[:1])
+    first.save(tmp_path / "first.safetensors")
+    method.edit(lm, EDITS[1:2], first)
+    assert same(first, Patch.load(tmp_path / "first.safetensors"))

@@ -158,7 +158,7 @@ class WISE(Method, name="wise"):
         work = _Writing(self, lm, site, tokens, group, self._apart(lm, site, edits, tokens, group))
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + shard)
         mask = (torch.rand(site.shape, generator=draw) < self.mask).to(lm.device)
-        deltas = start.to(lm.device).requires_grad_()
+        deltas = start.to(lm.device, copy=True).requires_grad_()
         kind = torch.optim.SGD if self.descent == "sgd" else torch.optim.Adam
         optimiser = kind([deltas], lr=self.rate)
         active = torch.ones(len(start), dtype=torch.bool, device=lm.device)
@@ -314,7 +314,7 @@ def _change(before: Sequence[_Memory], after: Sequence[_Memory], known: int) -> 
     )
     new = after[same:]
     pairs = [(edit - known, i) for i, m in enumerate(new) for edit in m.edits if edit >= known]
-    owners, memory = torch.tensor(pairs).T
+    owners, memory = (torch.tensor(numbers) for numbers in zip(*pairs, strict=True))
     replaces = torch.zeros(len(new), dtype=torch.long)
     replaces[0] = sum(len(m.edits) for m in before[same:])
     return SideMemories(
