@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench clean always
+.PHONY: help setup demo test test-all check format docs bench clean always
 .DELETE_ON_ERROR:
 
 help: ## list the goals
@@ -48,6 +48,10 @@ check: $(ready) ## format, lint and types, changing nothing
 format: $(ready) ## format, and mend what ruff can mend
 	@$(python) -m ruff format .
 	@$(python) -m ruff check --fix .
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(ready) ## build the site into build/site; a warning is an error
+	@$(python) -m mkdocs build --strict --quiet
 
 bench: $(ready) ## measure what an edit costs, beside a textbook loop; make bench ARGS=--quick is short
 	@$(python) benchmarks/edit_speed.py $(ARGS)

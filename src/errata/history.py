@@ -88,6 +88,9 @@ class History:
     """Fingerprint and name of the model that all of them are for."""
     entries: list[Entry] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+
     @classmethod
     def open(cls, folder: str | Path) -> History:
         """Read a folder's manifest.
