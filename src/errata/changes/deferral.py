@@ -51,8 +51,9 @@ class Deferral(Remembered, kind="deferral"):
         refuse_other_vocabulary(self.vocabulary, lm)
 
     def join(self, later: Change) -> tuple[Change, ...]:
-        same = isinstance(later, Deferral) and torch.equal(self.network, later.network)
-        return (self.and_later(later),) if same else (self, later)
+        if isinstance(later, Deferral) and torch.equal(self.network, later.network):
+            return (self.and_later(later),)
+        return self, later
 
     @property
     def told(self) -> list[str]:
