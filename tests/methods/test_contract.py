@@ -21,6 +21,8 @@ from errata.tokens import Passage
 from tests import tiny
 
 A, B, _ = tiny.EDITS
+C = Edit(tiny.PROMPT, "Japan", "Paris")
+"""By a single token, so that it takes in the few steps of the tiny settings on every processor's tiny models."""
 SEVERAL = (A, Edit(tiny.PROMPT, "Kenya", "Paris"))
 
 
@@ -140,12 +142,12 @@ def test_5_a_fold_equals_one_that_stopped_and_went_on_from_disk(made: Made, tmp_
 
 def test_5_a_later_edit_stands_on_the_earlier_ones(made: Made):
     """Pitfall 11: `prior` is not ignored, and the earlier edits are kept."""
-    after = made.method.edit(made.lm, [B], made.patch)
-    assert after.edits == (A, B)
+    after = made.method.edit(made.lm, [C], made.patch)
+    assert after.edits == (A, C)
     assert after.about["steps"][-1]["edits"] == 2
-    before = tiny.probability(made.lm, B)
+    before = tiny.probability(made.lm, C)
     with after.applied(made.lm):
-        assert takes(made.lm, B, before)
+        assert takes(made.lm, C, before)
 
 
 def test_6_the_same_seed_gives_the_same_patch(made: Made):
