@@ -93,7 +93,7 @@ def _pieces(path: Path) -> tuple[str, ...]:
 
 def _harness() -> Any:
     try:
-        import lm_eval
+        import lm_eval  # pyright: ignore[reportMissingImports] - optional
     except ImportError:
         raise UsageError("tasks need lm-evaluation-harness, which is not installed: pip install lm_eval") from None
     return lm_eval

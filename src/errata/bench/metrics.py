@@ -101,7 +101,8 @@ def score_case(probes: Sequence[Probe], scores: Sequence[Scores]) -> dict[str, S
 
 def score_failed(probes: Sequence[Probe]) -> dict[str, Scores]:
     """A case whose edit could not be made: nothing of it took (0), and there is no edited model to be local (None)."""
-    scored = score_case(probes, [dict.fromkeys(PROTOCOLS, 0.0)] * len(probes))
+    nothing: Scores = {name: 0.0 for name in PROTOCOLS}  # noqa: C420 - typed as scores
+    scored = score_case(probes, [nothing] * len(probes))
     return {m: dict.fromkeys(PROTOCOLS) if m.startswith("locality") else found for m, found in scored.items()}
 
 

@@ -159,8 +159,13 @@ class Blocks(Gated, kind="blocks"):
         most = max(self.labels.shape[1], later.labels.shape[1])
         rank = max(self.right.shape[1], later.right.shape[1])
         n = len(self.keys)
+        owners, keys, first = (
+            torch.cat([getattr(self, name), getattr(later, name)]) for name in ("owners", "keys", "first")
+        )
         both = Blocks(
-            *(torch.cat([getattr(self, name), getattr(later, name)]) for name in ("owners", "keys", "first")),
+            owners,
+            keys,
+            first,
             torch.cat([pad(b.labels, (0, most - b.labels.shape[1]), value=-1) for b in (self, later)]),
             torch.cat([self.block, later.block + len(self.left)]),
             torch.cat([pad(b.left, (0, rank - b.left.shape[2])) for b in (self, later)]),
@@ -184,8 +189,8 @@ class Blocks(Gated, kind="blocks"):
 
     def _only(self, points: Tensor) -> Blocks:
         used, block = self.block[points].unique(return_inverse=True)
-        parts = (t[points] for t in (self.owners, self.keys, self.first, self.labels))
-        return Blocks.of(*parts, block, self.left[used], self.right[used])
+        owners, keys, first, labels = (t[points] for t in (self.owners, self.keys, self.first, self.labels))
+        return Blocks.of(owners, keys, first, labels, block, self.left[used], self.right[used])
 
     def _settle(self, start: int) -> None:
         """MELO's rules for the points from `start` on, in place. A far point founds a cluster. A near one with the same
@@ -274,17 +279,13 @@ class SideMemories(Gated, kind="side-memories"):
         stay = self._kept(int(later.replaces.sum()))
         lost = self.memory >= stay
         moved = torch.where(lost, stay, self.memory)
-        return (
-            SideMemories(
-                torch.cat([self.owners, later.owners]),
-                torch.cat([moved, later.memory + stay]),
-                *(
-                    torch.cat([getattr(self, name)[:stay], getattr(later, name)])
-                    for name in ("deltas", "thresholds", "sharded")
-                ),
-                torch.cat([self.replaces[:stay], later.replaces * 0 + self.replaces[stay:].sum()]),
-            ),
+        deltas, thresholds, sharded = (
+            torch.cat([getattr(self, name)[:stay], getattr(later, name)])
+            for name in ("deltas", "thresholds", "sharded")
         )
+        owners, memory = torch.cat([self.owners, later.owners]), torch.cat([moved, later.memory + stay])
+        replaces = torch.cat([self.replaces[:stay], later.replaces * 0 + self.replaces[stay:].sum()])
+        return (SideMemories(owners, memory, deltas, thresholds, sharded, replaces),)
 
     def _kept(self, edits: int) -> int:
         """How many memories stay when a later one takes over the last so many edits; all, if it can't be these."""

@@ -40,7 +40,7 @@ def file(where: str) -> Path:
 def rows(where: str, split: str) -> list[dict[str, Any]]:
     """All rows of a split."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports] - optional
     except ImportError:
         raise UsageError(
             f"there is no file {where!r}, and what is on the hub comes through `datasets`: "

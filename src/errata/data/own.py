@@ -21,11 +21,15 @@ def own(row: Row) -> Case:
     probes = [Probe("paraphrase", p, edit.target, edit.truth) for p in same]
     probes += _listed(row, "neighbours", "neighbourhood", edit.target)
     probes += _listed(row, "portability", "portability", None)
-    for name, kind, other in (("neighbour", "neighbourhood", edit.target), ("follows", "portability", None)):
+    numbered: list[tuple[str, Kind, str | None]] = [
+        ("neighbour", "neighbourhood", edit.target),
+        ("follows", "portability", None),
+    ]
+    for name, kind, other in numbered:
         for field in _numbered(row, name):
             probes.append(Probe(kind, row.text(field), row.text(field.replace(name, f"{name}_answer", 1)), other))
-    texts = {name: tuple(row.texts(name)) for name in ("openings", "references")}
-    return Case(row.id, edit, tuple(probes), row.maybe("relation"), **texts)
+    openings, references = (tuple(row.texts(name)) for name in ("openings", "references"))
+    return Case(row.id, edit, tuple(probes), row.maybe("relation"), openings=openings, references=references)
 
 
 def _numbered(row: Row, name: str) -> Iterator[str]:
