@@ -451,7 +451,7 @@ def test_set_reads_optional_and_repeated_values():
         (["apply", "nowhere.safetensors", "--prompt", "x"], ["there is no file"]),
         (["bench", "--method", ","], ["--method names none"]),
         (["bench", "--method", "rome,memmit"], ["memmit", "did you mean"]),
-        (["bench", "--data", "counterfct"], ["counterfct", "did you mean 'counterfact-mini'"]),
+        (["bench", "--data", "counterfact-min"], ["counterfact-min", "did you mean 'counterfact-mini'"]),
         (["bench", "--data", "nowhere.json"], ["there is no file"]),
         (["bench", "--regime", "sometimes"], ["sometimes"]),
         (["bench", "--n", "0"], ["--n", "errata bench --help"]),
@@ -474,7 +474,7 @@ def test_bad_usage_is_one_line_and_2(args: list[str], parts: list[str], sh: Any,
 
 @pytest.mark.usefixtures("no_model")
 def test_regimes_and_batches_that_contradict(sh: Any, cases: Path):
-    refused(sh("bench", "--data", cases, "--regime", "single", "--batch", "4"), 2, "--regime batch")
+    refused(sh("bench", "--data", cases, "--regime", "single", "--batch", "4"), 2, "give regime batch")
 
 
 @pytest.mark.usefixtures("no_model")

@@ -170,7 +170,7 @@ def test_a_memory_is_refused_with_the_reason_and_nothing_is_written(tmp_path: Pa
     lm = tiny.lm("llama")
     site = lm.site(1)
     one = torch.zeros(1, dtype=torch.long)
-    book = Codebook(one, torch.zeros(1, site.shape[1]), torch.zeros(1, site.shape[0]), torch.ones(1), one[None], one)
+    book = Codebook.of(one, torch.zeros(1, site.shape[1]), torch.zeros(1, site.shape[0]), torch.ones(1), one[None], one)
     patch = Patch({site.name: (book,)}, (tiny.EDITS[0],))
     for how in (export.to_peft, export.merge):
         with pytest.raises(ErrataError, match="codebook change .* looks at each input"):

@@ -69,6 +69,6 @@ def test_what_can_not_be_filtered_is_refused(lm, patch):
         keep_largest(patch, lm, 0)
     d_out, d_in = lm.site(1).shape
     one = torch.zeros(1, dtype=torch.long)
-    book = Codebook(one, torch.zeros(1, d_in), torch.zeros(1, d_out), torch.ones(1), one[None], one)
+    book = Codebook.of(one, torch.zeros(1, d_in), torch.zeros(1, d_out), torch.ones(1), one[None], one)
     with pytest.raises(ErrataError, match="nothing to filter"):
         keep_largest(Patch({lm.site(1).name: (book,)}), lm)

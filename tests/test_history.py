@@ -85,7 +85,7 @@ def test_codebooks_overlap_where_their_balls_meet():
         from errata.changes import Codebook
 
         zero, keys = torch.zeros(1, dtype=torch.long), torch.full((1, 4), at)
-        return Patch({"m": (Codebook(zero, keys, torch.zeros(1, 3), torch.ones(1), zero[None], zero),)}, (edit,))
+        return Patch({"m": (Codebook.of(zero, keys, torch.zeros(1, 3), torch.ones(1), zero[None], zero),)}, (edit,))
 
     near, far = book(KENYA, 0.9), book(KENYA, 1.1)
     assert [c.kind for c in conflicts({"a": book(FRANCE, 0.0), "b": near})] == ["keys"]

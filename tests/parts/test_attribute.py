@@ -40,7 +40,7 @@ def test_contributions_add_up_to_what_the_site_adds(architecture: str):
     """The completeness axiom of integrated gradients (Sundararajan et al. 2017), for each site and prompt."""
     lm, sites, batch, answer = setting(architecture, steps=150)
     with lm.frozen():
-        scores = attribute(lm, sites, batch, answer, steps=200)
+        scores = attribute(lm, sites, batch, answer, steps=500)
     for site, score in zip(sites, scores, strict=True):
         assert score.shape == (2, site.shape[1])
         for row, prompt in enumerate(PROMPTS):
