@@ -474,7 +474,7 @@ def test_bad_usage_is_one_line_and_2(args: list[str], parts: list[str], sh: Any,
 
 @pytest.mark.usefixtures("no_model")
 def test_regimes_and_batches_that_contradict(sh: Any, cases: Path):
-    refused(sh("bench", "--data", cases, "--regime", "single", "--batch", "4"), 2, "give regime batch")
+    refused(sh("bench", "--data", cases, "--regime", "single", "--batch", "4"), 2, "--regime batch")
 
 
 @pytest.mark.usefixtures("no_model")

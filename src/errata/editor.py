@@ -6,21 +6,19 @@ editor works on that model only, and is refused on another. Nothing is ever unpi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from . import store
-from .errors import ErrataError, UsageError
+from .errors import ErrataError
 from .lm import ALMANAC, LM
 
 FORMAT = 1
+MARK = "errata-editor"
 SHIPPED = ALMANAC / "editors"
 
 
@@ -36,10 +34,7 @@ class Editor:
 
     def save(self, path: str | Path) -> None:
         """Write the editor to one safetensors file, whole or not at all."""
-        tensors = {k: t.detach().cpu().contiguous() for k, t in self.tensors.items()}
-        header = {"format": FORMAT, "about": dict(self.about)}
-        header["digest"] = store.digest(tensors, {"format": FORMAT, "about": dict(self.about)})
-        store.write(path, to_bytes(tensors, metadata={"errata-editor": json.dumps(header, sort_keys=True)}))
+        store.seal(path, MARK, self.tensors, {"format": FORMAT, "about": dict(self.about)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -49,25 +44,11 @@ class Editor:
             UsageError: there is no such file.
             ErrataError: it is damaged, or no editor.
         """
-        if not Path(path).is_file():
-            raise UsageError(f"there is no file {str(path)!r}; give an editor that `errata train` wrote")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, OSError) as error:
-            raise ErrataError(f"{str(path)!r} is damaged or no safetensors file ({error}); get a whole copy") from error
-        if "errata-editor" not in metadata:
-            raise ErrataError(f"{str(path)!r} holds no editor; give a file that `errata train` wrote")
-        try:
-            header = json.loads(metadata["errata-editor"])
-            if header["format"] > FORMAT:
-                raise ErrataError(f"{str(path)!r} was written by a newer errata (format {header['format']}); upgrade")
-            if header.pop("digest") != store.digest(tensors, header):
-                raise ValueError("it is not what was saved")
-            return cls(tensors, header["about"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ErrataError(f"{str(path)!r} is damaged: {error}; get a whole copy") from error
+        wanted, foreign = (
+            "an editor that `errata train` wrote",
+            "holds no editor; give a file that `errata train` wrote",
+        )
+        return store.unseal(path, MARK, FORMAT, wanted, foreign, lambda header, tensors: cls(tensors, header["about"]))
 
     def check(self, method: str, lm: LM) -> None:
         """Refuse the editor for another method or model than it was trained for.

@@ -6,7 +6,6 @@ JSON header. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from . import store
@@ -28,6 +25,7 @@ from .errors import ErrataError, UsageError
 from .lm import LM, Site
 
 FORMAT = 1
+MARK = "errata"
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,15 +136,13 @@ class Patch:
 
     def save(self, path: str | Path) -> None:
         """Write the patch to one safetensors file, whole or not at all."""
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self._tensors().items()}
         header = {
             "format": FORMAT,
             "layout": [[name, c.kind] for name, cs in self.changes.items() for c in cs],
             "edits": [e.to_dict() for e in self.edits],
             "about": self.about,
         }
-        header["digest"] = store.digest(tensors, header)
-        store.write(path, to_bytes(tensors, metadata={"errata": json.dumps(header, sort_keys=True)}))
+        store.seal(path, MARK, self._tensors(), header)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -156,25 +152,9 @@ class Patch:
             UsageError: there is no such file.
             ErrataError: it is damaged, or no patch.
         """
-        if not Path(path).is_file():
-            raise UsageError(f"there is no file {str(path)!r}; give a patch that `errata edit --save` wrote")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, OSError) as error:
-            raise ErrataError(f"{str(path)!r} is damaged or no safetensors file ({error}); get a whole copy") from error
-        if "errata" not in metadata:
-            raise ErrataError(f"{str(path)!r} holds tensors but is no patch of errata; give a file that errata wrote")
-        try:
-            header = json.loads(metadata["errata"])
-            if header["format"] > FORMAT:
-                raise ErrataError(f"{str(path)!r} was written by a newer errata (format {header['format']}); upgrade")
-            if header.pop("digest") != store.digest(tensors, header):
-                raise ValueError("it is not what was saved")
-            return cls._from(header, tensors)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ErrataError(f"{str(path)!r} is damaged: {error}; get a whole copy") from error
+        wanted = "a patch that `errata edit --save` wrote"
+        foreign = "holds tensors but is no patch of errata; give a file that errata wrote"
+        return store.unseal(path, MARK, FORMAT, wanted, foreign, cls._from)
 
     @classmethod
     def _from(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:

@@ -14,16 +14,18 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .errors import ErrataError
+from .errors import ErrataError, UsageError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def write(path: str | Path, content: bytes | str) -> None:
@@ -65,6 +67,51 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
         found.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
         found.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def seal(path: str | Path, mark: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header, kept under `mark`, to one safetensors file with a digest of both."""
+    kept = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    signed = {**header, "digest": digest(kept, header)}
+    write(path, save(kept, metadata={mark: json.dumps(signed, sort_keys=True)}))
+
+
+def unseal(
+    path: str | Path, mark: str, newest: int, wanted: str, foreign: str, make: Callable[[Any, dict[str, Tensor]], T]
+) -> T:
+    """What `make` makes of the header and the tensors of a sealed file.
+
+    Args:
+        path: the file.
+        mark: where its header is kept.
+        newest: the latest `format` of the header that can be read.
+        wanted: what to give where there is no file.
+        foreign: what a file without the mark is, and what to give.
+        make: of header and tensors; what is missing or wrong in them may raise as it comes.
+
+    Raises:
+        UsageError: there is no such file.
+        ErrataError: it is damaged, foreign, or of a newer format.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"there is no file {str(path)!r}; give {wanted}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ErrataError(f"{str(path)!r} is damaged or no safetensors file ({error}); get a whole copy") from error
+    if mark not in metadata:
+        raise ErrataError(f"{str(path)!r} {foreign}")
+    try:
+        header = json.loads(metadata[mark])
+        if header["format"] > newest:
+            raise ErrataError(f"{str(path)!r} was written by a newer errata (format {header['format']}); upgrade")
+        if header.pop("digest") != digest(tensors, header):
+            raise ValueError("it is not what was saved")
+        return make(header, tensors)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ErrataError(f"{str(path)!r} is damaged: {error}; get a whole copy") from error
 
 
 class Store:

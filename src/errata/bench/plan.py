@@ -76,7 +76,7 @@ class Plan:
         if not self.regime:
             raise UsageError(f"the run names no regime; give some of {', '.join(REGIMES)}")
         if self.regime == ("single",) and self.batch not in (None, 1):
-            raise UsageError("the single regime makes edits one by one; give regime batch (or sequential) with a batch")
+            raise UsageError("the single regime makes edits one by one; give --regime batch (or sequential) with it")
         if self.bad not in ("skip", "fail"):
             raise unknown("way to treat a malformed row", self.bad, ("skip", "fail"))
 
