@@ -236,6 +236,13 @@ def test_the_fingerprint_is_of_the_weights_alone(tmp_path: Path):
     assert LM(T.AutoModelForCausalLM.from_pretrained(tmp_path), tiny.bpe()).fingerprint == wanted
 
 
+def test_a_checkpoint_has_one_fingerprint_in_every_dtype_it_is_loaded_in():
+    """A correction made in float32 is not refused by a server that runs the same fp16 files in bf16."""
+    dtypes = torch.float32, torch.float16, torch.bfloat16
+    loaded = [errata.load("almanac", dtype=dtype, device="cpu") for dtype in dtypes]
+    assert len({lm.fingerprint for lm in loaded}) == 1
+
+
 @pytest.mark.parametrize("layer", range(4))
 def test_the_fingerprint_of_an_edited_model_is_another(layer: int):
     lm = tiny.lm("llama")

@@ -131,13 +131,13 @@ class LM:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the config's shape and of 256 entries of every parameter: equal for equal weights, in any dtype
-        that holds them exactly. Taken once, from the unedited model."""
+        """A digest of names, shapes and 256 entries of every parameter, to the eight bits that bfloat16 keeps: equal
+        for a checkpoint in whichever dtype it is loaded. Taken once, from the unedited model."""
         digest = hashlib.sha256()
         for name, p in self.model.named_parameters():
             flat = p.detach().reshape(-1)
             index = torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), dtype=torch.float64).long()
-            sample = flat[index.to(flat.device)].to("cpu", torch.float32)
+            sample = flat[index.to(flat.device)].to("cpu", torch.bfloat16).float()
             digest.update(f"{name}{tuple(p.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()[:32]
 
