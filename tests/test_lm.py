@@ -226,6 +226,10 @@ def test_a_prompt_that_leaves_no_room_is_refused():
 # What it is
 
 
+def test_a_model_is_told_in_one_line():
+    assert repr(tiny.lm("gpt2")) == "<LM tiny-gpt2: GPT2LMHeadModel, torch.float32 on cpu>"
+
+
 def test_the_fingerprint_is_of_the_weights_alone(tmp_path: Path):
     """Pitfalls 7 and 8: neither the name nor the object; a reload and an exact change of dtype keep it."""
     lm = tiny.lm("llama")

@@ -226,6 +226,15 @@ def weights_under(lm: LM, p: Patch) -> torch.Tensor:
         return lm.mlp_out(1).weight.clone()
 
 
+def test_a_patch_is_told_in_one_line(lm: LM):
+    """In a session at the keyboard a patch says what it is, not its ten thousand numbers."""
+    name = lm.mlp_out(1).name
+    step = {"method": "rome", "settings": {}, "edits": 1}
+    one = Patch({name: (change(lm, name, LowRank, 0), change(lm, name, Dense, 1))}, (A,), about={"steps": [step, step]})
+    assert repr(one) == f"<Patch: 1 edit by rome, {one.bytes:,} bytes; {name}: low-rank + dense>"
+    assert repr(Patch()) == "<Patch: 0 edits, 0 bytes; no change>"
+
+
 def test_nothing_added_is_nothing_changed(lm: LM):
     one = patch(lm)
     for same in (one + Patch(), Patch() + one):

@@ -20,7 +20,8 @@ from .edit import Edit
 from .errors import ErrataError, UsageError
 
 if TYPE_CHECKING:
-    from . import bench, causal, data, export, history
+    from . import bench, causal, changes, data, export, history
+    from .bench import Report
     from .data import Case, Probe
     from .lm import LM, Site, load
     from .method import Method, methods, sequential
@@ -67,7 +68,9 @@ _WHERE = {
     **dict.fromkeys(("IKE", "ICE", "Retrieval", "SERAC"), "methods"),
     "Case": "data",
     "Probe": "data",
+    "Report": "bench",
     "data": "",
+    "changes": "",
     "bench": "",
     "causal": "",
     "export": "",
@@ -102,12 +105,14 @@ __all__ = [
     "Method",
     "Patch",
     "Probe",
+    "Report",
     "Retrieval",
     "Site",
     "UltraEdit",
     "UsageError",
     "bench",
     "causal",
+    "changes",
     "data",
     "export",
     "history",

@@ -104,6 +104,10 @@ class LM:
     def __post_init__(self) -> None:
         self.name = self.name or getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
 
+    def __repr__(self) -> str:
+        patches = f", {self.patched} patches applied" if self.patched else ""
+        return f"<LM {self.name}: {type(self.model).__name__}, {self.dtype} on {self.device}{patches}>"
+
     # What it is
 
     @property

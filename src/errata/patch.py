@@ -44,6 +44,12 @@ class Patch:
     def __bool__(self) -> bool:
         return bool(self.changes)
 
+    def __repr__(self) -> str:
+        by = ", ".join(dict.fromkeys(step["method"] for step in self.about.get("steps", ())))
+        where = [f"{name or 'the model'}: {' + '.join(c.kind for c in cs)}" for name, cs in self.changes.items()]
+        edits = f"{len(self.edits)} edit{'s' if len(self.edits) != 1 else ''}"
+        return f"<Patch: {edits}{f' by {by}' if by else ''}, {self.bytes:,} bytes; {', '.join(where) or 'no change'}>"
+
     # Algebra
 
     def __add__(self, later: Patch) -> Patch:
