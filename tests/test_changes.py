@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from errata import ErrataError, Patch, Site
-from errata.changes import Change, Codebook, Dense, LowRank, attach_rows, joined
+from errata.changes import Change, Codebook, Dense, LowRank, attach_rows, joined, routing
 from errata.changes.routing import Index
 from tests import tiny
 
@@ -301,6 +301,24 @@ def test_the_nearest_of_many_keys_is_found_however_they_are_asked():
     torch.testing.assert_close(distance.flatten().double(), exact.values, rtol=1e-5, atol=0)
     alone = torch.stack([index.nearest(q[None, None])[0][0] for q in queries.flatten(0, 1)])
     assert tiny.same_bits(alone.flatten(), distance.flatten())
+
+
+def test_how_much_is_searched_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    books = crowded(40, 7)
+    x = torch.stack([b.keys[0] for b in books[:6]]).view(3, 2, 4)
+    found = []
+    for together in (routing.TOGETHER, 1):
+        monkeypatch.setattr(routing, "TOGETHER", together)
+        book, s, said = fold(books).without(39), site(), []
+        for rows in ([book], [fold(books[:3]), None, fold(books[3:9])]):
+            undo = Codebook.attach_rows(s, rows)
+            said.append(s.module(x))
+            undo()
+        found.append((book, torch.stack(said)))
+    (book, said), (again, same) = found
+    assert equal(book, again)
+    assert tiny.same_bits(said, same)
+    assert not torch.equal(said[0], said[1])
 
 
 def test_a_value_for_the_whole_prompt_goes_to_all_tokens_up_to_the_one_that_is_near():

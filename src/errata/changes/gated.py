@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import ErrataError
 from ..lm import Site
 from .change import Change, Undo
-from .routing import SAME, Index, settle, tell
+from .routing import SAME, TOGETHER, Index, settle, tell
 
 
 class Routed(NamedTuple):
@@ -219,8 +219,12 @@ class Blocks(Gated, kind="blocks"):
 
 def _nearest_of(keys: Tensor, table: Tensor, queries: Tensor) -> Tensor:
     """Of each query (m, d) the nearest of its own candidates, `table` (m, most) with -1 behind the last; (m,)."""
-    apart = (queries[:, None] - keys[table.clamp(min=0)]).norm(dim=-1).masked_fill(table < 0, torch.inf)
-    return table.gather(1, apart.argmin(1)[:, None])[:, 0]
+    most = max(1, TOGETHER // (table.shape[1] * keys.shape[1]))
+    parts = [
+        (some[:, None] - keys[own.clamp(min=0)]).norm(dim=-1).masked_fill(own < 0, torch.inf).argmin(1)
+        for some, own in zip(queries.split(most), table.split(most), strict=True)
+    ]
+    return table.gather(1, torch.cat(parts)[:, None])[:, 0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,8 @@ CLOSE = 8
 """So many keys that look nearest are measured exactly."""
 SAME = 1e-3
 """Keys nearer than this share of a radius are one key."""
+ROUGH = 1e-5
+"""So wrong may the square of a distance be that was taken by a product, as a share of the keys' own squares."""
 TOGETHER = 2**24
 """Numbers held at a time in a search. Changes the memory, not what is found."""
 
@@ -47,10 +49,16 @@ class Index:
         return distance, few.gather(1, place[:, None])[:, 0]
 
     def _in_rows(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        own = self.keys[self.table.clamp(min=0)]
+        most = max(1, TOGETHER // (self.table.shape[1] * queries[0].numel()))
+        parts = zip(queries.split(most), self.table.split(most), strict=True)
+        distance, key = zip(*(self._among_own(*part) for part in parts), strict=True)
+        return torch.cat(distance), torch.cat(key)
+
+    def _among_own(self, queries: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        own = self.keys[table.clamp(min=0)]
         apart = (queries[:, :, None] - own[:, None]).norm(dim=-1)
-        distance, place = apart.masked_fill((self.table < 0)[:, None], torch.inf).min(-1)
-        return distance, self.table.gather(1, place)
+        distance, place = apart.masked_fill((table < 0)[:, None], torch.inf).min(-1)
+        return distance, table.gather(1, place)
 
 
 def settle(
@@ -58,8 +66,8 @@ def settle(
 ) -> None:
     """Add keys from `start` on to a memory, one after another.
 
-    Keys that are far from everything before them are found many at a time, and stay as they are; only those that are
-    near are met one by one, because each changes what the next one finds.
+    One matrix product tells of many keys at once which may touch an earlier one; the others stay as they are. Only
+    those are met one by one, because each changes what the next one finds.
 
     Args:
         keys: (n, d) of what is there and what is added; `meet` may move those that are there.
@@ -68,25 +76,49 @@ def settle(
         live: which of the first so many are searched.
         meet: what happens where a key's radius touches the nearest one's, of (added, nearest, distance).
     """
-    done, most = max(start, 1), 1  # the first has nothing before it
-    while done < len(keys):
-        block = slice(done, min(done + most, len(keys)))
-        distance, near = _before(keys, live(done), block)
-        meets = distance <= radii[near] + radii[block]
-        far = int(meets.long().argmax()) if meets.any() else len(meets)
-        done, most = done + far, min(2 * most, 64) if far == len(meets) else 1
-        if far < len(meets):
-            meet(done, int(near[far]), distance[far])
-            done += 1
+    first = max(start, 1)  # the very first has nothing before it
+    while first < len(keys):
+        stop = min(first + max(1, TOGETHER // (4 * len(keys))), len(keys))
+        _settle_block(_Block(keys, radii, first, stop), live, meet)
+        first = stop
 
 
-def _before(keys: Tensor, live: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """For every key of a block the distance to the nearest one before it, and which that is."""
-    distance, near = Index([keys[live]]).nearest(keys[block][None])
-    own = torch.arange(block.stop - block.start)
-    apart = (keys[block][:, None] - keys[block]).norm(dim=-1).masked_fill(own >= own[:, None], torch.inf)
-    distance, place = torch.cat([distance.T, apart], 1).min(1)
-    return distance, torch.where(place == 0, live[near[0]], place - 1 + block.start)
+def _settle_block(block: _Block, live: Callable[[int], Tensor], meet: Callable[[int, int, Tensor], None]) -> None:
+    keys, radii = block.keys, block.radii
+    near = block.near(slice(block.stop))
+    for row, new in enumerate(range(block.first, block.stop)):
+        if not near[row]:
+            continue
+        alive = live(new)
+        few = alive[block.apart[row, alive].topk(min(CLOSE, len(alive)), largest=False).indices]
+        distance, place = (keys[new] - keys[few]).norm(dim=-1).min(0)
+        nearest = int(few[place])
+        if distance <= radii[nearest] + radii[new]:
+            meet(new, nearest, distance)
+            block.measure(nearest)  # it may have moved; and both may reach further now
+            near |= block.near(torch.tensor([nearest, new]))
+
+
+class _Block:
+    """Keys from `first` to `stop`, and how far they roughly are from all before them."""
+
+    def __init__(self, keys: Tensor, radii: Tensor, first: int, stop: int) -> None:
+        self.keys, self.radii, self.first, self.stop = keys, radii, first, stop
+        own, known = keys[first:stop], keys[:stop]
+        self.size = own.square().sum(1)[:, None] + known.square().sum(1)
+        self.later = torch.arange(stop) >= torch.arange(first, stop)[:, None]
+        self.apart = (self.size - 2 * own @ known.T).masked_fill_(self.later, torch.inf)
+        """Squares of distances, inf of keys that come later."""
+
+    def near(self, columns: slice | Tensor) -> Tensor:
+        """Which keys may touch one of some keys before them; a product cancels digits, so some of these don't."""
+        reach = self.radii[self.first : self.stop, None] + self.radii[columns]
+        return (self.apart[:, columns] <= reach.square() + ROUGH * self.size[:, columns]).any(1)
+
+    def measure(self, column: int) -> None:
+        """Take the distances from one key anew."""
+        apart = (self.keys[self.first : self.stop] - self.keys[column]).square().sum(1)
+        self.apart[:, column] = apart.masked_fill(self.later[:, column], torch.inf)
 
 
 def tell(module: str, answered: Tensor, part: Tensor, distance: Tensor, limit: Tensor) -> None:
