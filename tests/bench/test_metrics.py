@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
@@ -171,6 +173,14 @@ def test_the_interval_is_that_of_the_normal_approximation_where_it_holds():
     assert found["mean"] == pytest.approx(0.3)
     assert found["low"] == pytest.approx(0.3 - half, abs=0.01)
     assert found["high"] == pytest.approx(0.3 + half, abs=0.01)
+
+
+def test_the_interval_is_that_of_all_resamples():
+    values = [0.0, 0.25, 0.25, 1.0, 0.5]
+    means = sorted(fmean(drawn) for drawn in itertools.product(values, repeat=5))  # each as likely as any other
+    wanted = [means[round(q * (len(means) - 1))] for q in (0.025, 0.975)]
+    found = metrics.interval(values, seed=0, draws=4_000)
+    assert [found["low"], found["high"]] == pytest.approx(wanted, abs=0.026)  # half a step of a mean of five quarters
 
 
 def test_the_interval_is_seeded_and_narrows_with_more_cases():

@@ -23,6 +23,13 @@ def test_easyedits_table_is_as_published():
     assert list(found.published) == ["rome", "memit", "mend", "ike", "serac", "ft-l", "kn"]
 
 
+def test_memits_and_alphaedits_tables_are_as_published():
+    assert recipe("memit-10000").published["memit"] == [98.9, 88.6, 73.7]
+    assert recipe("alphaedit-2000").published["memit"] == [65.65, 64.65, 51.56]
+    wanted = {"": [98.90, 94.22, 67.88], "-gpt-j": [99.75, 96.38, 75.48], "-gpt2-xl": [99.50, 93.95, 66.39]}
+    assert {end: recipe(f"alphaedit-2000{end}").published["alphaedit"] for end in wanted} == wanted
+
+
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_is_a_run_and_names_its_source(name: str):
     found = recipe(name)
@@ -31,7 +38,8 @@ def test_every_recipe_is_a_run_and_names_its_source(name: str):
     assert set(plan.method) <= set(found.published)
     assert found.source.count("https://arxiv.org/abs/") == 1
     assert found.protocol in ("forced", "compare", "generated")
-    assert all(len(row) in (0, len(found.columns)) for row in found.published.values())
+    assert all(len(row) == len(found.columns) for row in found.published.values())
+    assert all(0 <= value <= 100 for row in found.published.values() for value in row)
 
 
 def test_what_is_given_goes_before_the_recipe():

@@ -36,7 +36,7 @@ class Recipe:
     protocol: str
     columns: tuple[str, ...]
     published: Mapping[str, Sequence[float]]
-    """By method, in the order of the columns, as percentages; empty where the numbers are not quoted here."""
+    """By method, in the order of the columns, as percentages."""
     n: int | None = None
     batch: int | None = None
 
@@ -62,7 +62,7 @@ class Recipe:
                 "ours": _percent(ours.get(method, {}).get(metric, {}).get(self.protocol)),
             }
             for method, values in self.published.items()
-            for metric, value in zip(self.columns, values or [None] * len(self.columns), strict=True)
+            for metric, value in zip(self.columns, values, strict=True)
         ]
 
     def table(self, results: Results) -> Table:
@@ -82,8 +82,7 @@ class Recipe:
         for start in range(0, len(rows), len(self.columns)):
             cells = []
             for row in rows[start : start + len(self.columns)]:
-                quoted = "–" if row["published"] is None else f"{row['published']:.2f}"
-                cells += [quoted, _said(row["ours"])]
+                cells += [f"{row['published']:.2f}", _said(row["ours"])]
             made.add_row(rows[start]["method"], *cells)
         return made
 
@@ -116,12 +115,11 @@ def _caption(recipe: Recipe, results: Results, same: bool) -> str:
     data = results.about["data"]
     lines = [
         f"published: {recipe.source}, on {recipe.model}",
+        f"data: {recipe.data_note}",
         f"ours: {results.reports[0].about['model']['name']}, {data['n']} cases of {data['name']}, 95% intervals",
     ]
     if not same:
         lines.append("ours is another model: this shows that the protocol runs, not that the number is reproduced")
-    if not any(recipe.published.values()):
-        lines.append("the published numbers are not quoted here; see the source")
     lines += [f"no number for {one['method']}: {one['error']}" for one in results.about["left_out"]]
     missing = [m for m in recipe.published if m not in {r.about["method"] for r in results.reports}]
     if missing:
