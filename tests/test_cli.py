@@ -293,8 +293,12 @@ def test_bench_keeps_a_run_in_a_folder_and_its_file_gives_it_again(
     assert ok("bench", tmp_path / "a" / "run.yaml", "--out", tmp_path / "a") == first
     again = ok("bench", tmp_path / "a" / "run.yaml", "--out", tmp_path / "b")
     assert again["rows"] == first["rows"]
-    other = [*options[:-1], "single"]
-    refused(sh("bench", "--method", "ft,grace", *other, "--out", tmp_path / "a"), 2, "holds another run", "regime")
+    other = [*options, "--seed", "7"]
+    refused(sh("bench", "--method", "ft,grace", *other, "--out", tmp_path / "a"), 2, "holds another run", "seed")
+    more = ok("bench", "--method", "ft-l", *options, "--out", tmp_path / "a")
+    assert list(more["summary"]) == ["ft", "grace", "ft-l"]
+    assert more["rows"][: len(first["rows"])] == first["rows"]
+    assert ok("bench", tmp_path / "a" / "run.yaml", "--out", tmp_path / "a") == more
     found = ok("bench", "--compare", tmp_path / "a", tmp_path / "b" / "report.json")
     assert {(d["first"] == d["second"], d["low"], d["high"]) for d in found} == {(True, 0.0, 0.0)}
     assert "second minus first" in sh("bench", "--compare", tmp_path / "a", tmp_path / "b").out

@@ -198,8 +198,21 @@ def test_a_run_goes_on_only_with_the_same_cases(gpt2: LM, cases: list[Case], tmp
     run_grid(plan, gpt2, cases[:2], tmp_path)
     with pytest.raises(UsageError, match="its data"):
         run_grid(plan, gpt2, cases[1:3], tmp_path)
-    with pytest.raises(UsageError, match="its method"):
+    with pytest.raises(UsageError, match="its method ft-m is"):
         run_grid(replace(plan, method={"ft-m": {**FT, "steps": 5}}), gpt2, cases[:2], tmp_path)
+
+
+def test_a_run_grows_by_methods_and_regimes(
+    gpt2: LM, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = run_grid(Plan(method={"ft-m": FT, "grace": GRACE}, regime=("single", "sequential")), gpt2, cases[:2])
+    run_grid(Plan(method={"ft-m": FT}), gpt2, cases[:2], tmp_path)
+    run_grid(Plan(method={"grace": GRACE}), gpt2, cases[:2], tmp_path)
+    found = run_grid(Plan(method={"grace": GRACE}, regime=("sequential",)), gpt2, cases[:2], tmp_path)
+    assert [numbers(r) for r in found.reports] == [numbers(r) for r in wanted.reports]
+    monkeypatch.setattr(FTM, "patch", lambda *_: pytest.fail("edited again"))
+    again, _ = Plan.load(tmp_path / "run.yaml")
+    assert run_grid(again, gpt2, cases[:2], tmp_path).to_dict() == found.to_dict()
 
 
 def test_what_is_done_is_not_done_again(gpt2: LM, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

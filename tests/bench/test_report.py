@@ -34,6 +34,8 @@ def test_a_report_says_how_its_numbers_were_obtained(report: Report, gpt2: LM):
     assert {"errata", "torch", "transformers"} <= about["versions"].keys()
     assert about["efficiency"]["editing_per_edit"] == pytest.approx(about["efficiency"]["editing"] / 5)
     assert about["efficiency"]["evaluating"] > 0
+    assert about["efficiency"]["processor"] > 0
+    assert about["efficiency"]["bytes_per_edit"] == (4 * 128 * 128 + 8 * 5) / 5  # one delta, and whose it is
 
 
 def test_every_row_has_its_case_method_regime_metrics_and_texts(report: Report, cases: list[Case]):

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .. import store
 from ..data import Case
 from ..errors import ErrataError
 from ..lm import LM
@@ -39,7 +40,8 @@ def run_grid(
         plan: the run.
         lm: its model, unedited.
         cases: its data.
-        folder: where the journal is kept; a run that was broken off there goes on.
+        folder: where the journal is kept; a run that was broken off there goes on, and one with other methods or
+            regimes is added to.
         telling: told of each cell.
 
     Raises:
@@ -52,6 +54,10 @@ def run_grid(
     judge = Judge.of(plan.judge) if plan.judge else None
     asked = [with_openings(c) for c in cases] if plan.openings else cases
     with _asking(plan), _journal(folder, plan, chosen, made) as journal:
+        plan = _grown(plan, journal)
+        chosen |= {name: method(name)(**frozen(plan.method[name])) for name in plan.method if name not in chosen}
+        if folder is not None:
+            store.write(folder / "run.yaml", plan.to_yaml(made))
         reports, left = [], []
         for name, regime in cells(plan, chosen, left):
             with telling(f"{name}, {regime}", len(cases)) if telling else _silent() as progress:
@@ -80,9 +86,9 @@ def frozen(value: Any) -> Any:
 
 def cells(plan: Plan, chosen: Mapping[str, Method], left: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
     """The cells of the grid; what is left out is added to `left` with the reason."""
-    for name, one in chosen.items():
+    for name in plan.method:
         for regime in plan.regime:
-            if regime == "batch" and not one.batched and "sequential" in plan.regime:
+            if regime == "batch" and not chosen[name].batched and "sequential" in plan.regime:
                 left.append({"method": name, "regime": regime, "error": "it makes one edit at a time; see sequential"})
             else:
                 yield name, regime
@@ -134,13 +140,19 @@ def _judged(report: Report, judge: Judge, journal: Journal, seed: int) -> Report
 def _journal(
     folder: Path | None, plan: Plan, chosen: Mapping[str, Method], made: Mapping[str, Any]
 ) -> Iterator[Journal]:
-    if folder is None:
-        yield Journal()
-        return
     settings = {name: asdict(one) for name, one in chosen.items()}
-    decided = {**asdict(replace(plan, device=None)), "method": settings, **made}
-    with opened(folder, json.loads(json.dumps(decided))) as journal:
+    decided = json.loads(json.dumps({**asdict(replace(plan, device=None)), "method": settings, **made}))
+    if folder is None:
+        yield Journal(records=[{"kind": "run", "plan": decided}])
+        return
+    with opened(folder, decided) as journal:
         yield journal
+
+
+def _grown(plan: Plan, journal: Journal) -> Plan:
+    """The plan with the methods and regimes that its folder had before."""
+    whole = journal.of("run")[-1]["plan"]
+    return replace(plan, method={**whole["method"], **plan.method}, regime=tuple(whole["regime"]))
 
 
 @contextmanager

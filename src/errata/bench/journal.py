@@ -18,6 +18,8 @@ from ..errors import ErrataError, UsageError
 
 Record = dict[str, Any]
 FILE = "journal.jsonl"
+GROWING = ("method", "regime")
+"""What may be added to the plan of a run."""
 
 
 @dataclass(eq=False)
@@ -76,7 +78,8 @@ def opened(folder: Path, plan: Record) -> Iterator[Journal]:
 
     Args:
         folder: made if it isn't there.
-        plan: what decides the numbers. A journal of another plan is not gone on with.
+        plan: what decides the numbers. Methods and regimes that the folder doesn't have yet are added to it (its last
+            record of kind `run` says what it has then); a journal of another plan is not gone on with.
 
     Raises:
         UsageError: the folder holds another run, or another process is at it.
@@ -91,9 +94,7 @@ def opened(folder: Path, plan: Record) -> Iterator[Journal]:
     with file:
         _lock(file, folder)
         journal = Journal(folder, _whole(file, path), file)
-        if not journal.records:
-            journal.add({"kind": "run", "plan": plan})
-        _same(journal.records[0], plan, folder)
+        _add(journal, json.loads(json.dumps(plan)), folder)
         yield journal
 
 
@@ -124,14 +125,29 @@ def _whole(file: IO[bytes], path: Path) -> list[Record]:
     return out
 
 
-def _same(first: Record, plan: Record, folder: Path) -> None:
-    kept = first.get("plan") or {}
-    wanted = json.loads(json.dumps(plan))
-    differing = [name for name in {**kept, **wanted} if kept.get(name) != wanted.get(name)]
-    if differing:
-        name = differing[0]
+def _add(journal: Journal, plan: Record, folder: Path) -> None:
+    """Begin a run, or add to the one that is there."""
+    runs = journal.of("run")
+    kept = runs[-1]["plan"] if runs else plan
+    grown = {**plan, **{name: _joined(kept[name], plan[name]) for name in GROWING if name in kept and name in plan}}
+    for name in {**kept, **plan}:
+        if name not in GROWING:
+            _same(name, kept.get(name), plan.get(name), folder)
+    for name, settings in kept.get("method", {}).items():
+        _same(f"method {name}", settings, grown["method"][name], folder)
+    if not runs or grown != kept:
+        journal.add({"kind": "run", "plan": grown})
+
+
+def _joined(kept: Any, added: Any) -> Any:
+    """Methods with their settings, or names of regimes: those that were there come first."""
+    return {**kept, **added} if isinstance(kept, dict) else list(dict.fromkeys([*kept, *added]))
+
+
+def _same(what: str, kept: Any, wanted: Any, folder: Path) -> None:
+    if kept != wanted:
         raise UsageError(
-            f"{str(folder)!r} holds another run: its {name} is {_said(kept.get(name))}, not {_said(wanted.get(name))}; "
+            f"{str(folder)!r} holds another run: its {what} is {_said(kept)}, not {_said(wanted)}; "
             "give another --out, or the same options to go on with it"
         )
 

@@ -41,12 +41,8 @@ class Recipe:
     batch: int | None = None
 
     def plan(self, **given: Any) -> Plan:
-        """The run. What is given goes before what the recipe says: another model, other data, fewer cases.
-
-        Methods that errata doesn't have, or that need a trained editor that nobody named, are not run.
-        """
-        known = methods()
-        chosen = {m: {} for m in self.published if m in known and not known[m].trained}
+        """The run. What is given goes before what the recipe says: another model, other data, fewer cases."""
+        chosen = {m: {} for m in self.published if m in methods()}
         values = {"model": self.model, "data": self.data, "n": self.n, "batch": self.batch, "method": chosen}
         return Plan.of({**values, "regime": self.regime, **given}, f"the recipe {self.name}")
 
@@ -74,16 +70,14 @@ class Recipe:
             caption=_caption(self, results, same),
             caption_justify="left",
         )
-        made.add_column("method")
-        for column in self.columns:
-            made.add_column(f"{column}\npublished", justify="right")
-            made.add_column("ours", justify="right")
-        rows = self.rows(results)
-        for start in range(0, len(rows), len(self.columns)):
-            cells = []
-            for row in rows[start : start + len(self.columns)]:
-                cells += [f"{row['published']:.2f}", _said(row["ours"])]
-            made.add_row(rows[start]["method"], *cells)
+        for column in ("method", "metric"):
+            made.add_column(column)
+        for column in ("published", "ours"):
+            made.add_column(column, justify="right")
+        for i, row in enumerate(self.rows(results), 1):
+            metric = (i - 1) % len(self.columns)
+            cells = (row["metric"], f"{row['published']:.2f}", _said(row["ours"]))
+            made.add_row("" if metric else row["method"], *cells, end_section=i % len(self.columns) == 0)
         return made
 
 
@@ -121,7 +115,8 @@ def _caption(recipe: Recipe, results: Results, same: bool) -> str:
     if not same:
         lines.append("ours is another model: this shows that the protocol runs, not that the number is reproduced")
     lines += [f"no number for {one['method']}: {one['error']}" for one in results.about["left_out"]]
-    missing = [m for m in recipe.published if m not in {r.about["method"] for r in results.reports}]
+    tried = {r.about["method"] for r in results.reports} | {one["method"] for one in results.about["left_out"]}
+    missing = [m for m in recipe.published if m not in tried]
     if missing:
         lines.append(f"not run: {', '.join(missing)}")
     return "\n".join(lines)

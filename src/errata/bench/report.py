@@ -28,7 +28,9 @@ class Report:
         `evaluated` (when), `n` (cases), `failed` (cases whose edit could not be made), `unasked` (probes of which
         something could not be asked), `seed` (of the intervals), `model` (`name`, `fingerprint`, `dtype`),
         `new_tokens` (limit of generated answers), `metrics` (their version), `versions` (of libraries), `efficiency`
-        (`editing`, `evaluating`, `editing_per_edit`: seconds).
+        (seconds: `preparing`, `editing`, `processor` (of the processor, while editing), `evaluating`; `bytes` of all
+        patches; what an edit took: `editing_per_edit`, `processor_per_edit`, `bytes_per_edit`, `flops_per_edit`; and
+        `peak_memory`).
     summary:
         {metric: {protocol: {`mean`, `low`, `high`, `n`}}}: the mean over cases, its bootstrap 95% interval, and how
         many cases have the score. Metrics and protocols are those of `errata.bench.metrics`.

@@ -58,8 +58,11 @@ class Results:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the results as JSON, whole or not at all."""
-        store.write(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+        """Write the results as JSON, whole or not at all; a line for each row, of which there may be many."""
+        found = self.to_dict()
+        head = _json({name: value for name, value in found.items() if name != "rows"}, indent=1)
+        rows = ",\n".join(_json(row) for row in found["rows"])
+        store.write(path, head.removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n')
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -135,6 +138,10 @@ class Results:
                 seconds = "" if i else f"{report.about['efficiency']['editing_per_edit']:.2f}"
                 table.add_row(*label, protocol, *cells, seconds, end_section=i == len(protocols) - 1)
         return table
+
+
+def _json(found: Any, indent: int | None = None) -> str:
+    return json.dumps(found, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 def metrics_of(results: Results, aspects: bool = False) -> list[str]:

@@ -47,8 +47,9 @@ KEEP_EVERY = 60.0
 CHECKPOINTS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000)
 """After so many cases a sequential run is asked about them, to see what it retains."""
 
-TIMES = ("preparing", "editing", "evaluating")
-"""What takes time: what a method needs once of the unedited model, the edits, and the questions to edited models."""
+TAKEN = ("preparing", "editing", "processor", "evaluating", "bytes")
+"""What a run takes. Seconds: for what a method needs once of the unedited model, for the edits (and of the processor for
+them, which other work on the machine does not lengthen), for the questions to edited models. And bytes of patches."""
 
 Progress = Callable[[int, int], None]
 Outcome = list[Answer] | ErrataError
@@ -120,9 +121,9 @@ class _Run:
     journal: Cell
     checkpoints: tuple[int, ...] = ()
     ability: Ability | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMES, 0.0))
+    taken: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TAKEN, 0.0))
     """Since the last record."""
-    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMES, 0.0))
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TAKEN, 0.0))
     """In all records."""
     ready: bool = False
     """Whether the method has what it needs once of the unedited model."""
@@ -150,8 +151,9 @@ class _Run:
                 together //= 2
                 log.warning("memory ran out; %s goes on with %d edits at a time", self.method.name, together)
                 continue
-            size = max((p.bytes for p in patches if isinstance(p, Patch)), default=1)
-            together = max(1, min(TOGETHER, ROOM // max(size, 1)))
+            sizes = [p.bytes for p in patches if isinstance(p, Patch)]
+            self.taken["bytes"] += sum(sizes)
+            together = max(1, min(TOGETHER, ROOM // max([1, *sizes])))
             out += found
             self._keep("group", outcomes=_plain(found), together=together)
             self._tell(len(out))
@@ -165,6 +167,7 @@ class _Run:
         while len(out) < len(self.cases):
             group = self.cases[len(out) : len(out) + self.batch]
             patch, failed = self._at_once(group, Patch())
+            self.taken["bytes"] += patch.bytes
             self._able(patch)
             found = self._patched_answers(group, patch, failed)
             out += found
@@ -241,7 +244,7 @@ class _Run:
             self.batch = (self.batch + 1) // 2
             log.warning("memory ran out; %s begins anew with %d edits at once", self.method.name, self.batch)
             self.journal.add("anew", batch=self.batch)
-            self.seconds = dict.fromkeys(self.seconds, 0.0)
+            self.taken = dict.fromkeys(self.taken, 0.0)
             self.spent = dict.fromkeys(self.spent, 0.0)
 
     # Editing
@@ -351,14 +354,16 @@ class _Run:
         """Put what was found in the journal, with what it took since the last record."""
         peak = memory.peak(self.lm.device)
         operations = self.counted[0] / self.counted[1] if self.counted and self.flops is None else None
-        self.journal.add(kind, **found, took={**self.seconds, "peak": peak, "flops": operations})
-        for what, seconds in self.seconds.items():
-            self.spent[what] += seconds
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self.journal.add(kind, **found, took={**self.taken, "peak": peak, "flops": operations})
+        for what, amount in self.taken.items():
+            self.spent[what] += amount
+        self.taken = dict.fromkeys(self.taken, 0.0)
         self.peak = max(filter(None, (self.peak, peak)), default=None)
         self.flops = self.flops or operations
 
     def _keep_patch(self, patch: Patch, failed: list[ErrataError | None]) -> None:
+        if len(failed) == len(self.cases):
+            self.taken["bytes"] += patch.bytes
         path = self.journal.state(len(failed))
         if path is not None:
             patch.save(path)
@@ -380,11 +385,13 @@ class _Run:
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            self.seconds[what] += time.perf_counter() - start
+            self.taken[what] += time.perf_counter() - start
+            if what == "editing":
+                self.taken["processor"] += time.process_time() - worked
 
     @contextmanager
     def _counting(self, edits: int) -> Iterator[None]:
@@ -492,6 +499,7 @@ def _about(work: _Run, regime: str, rows: Sequence[dict[str, Any]], seed: int) -
     method, lm = work.method, work.lm
     evaluated = {"single": "after each edit", "sequential": "after all edits"}
     probes = [p for row in rows for p in row["probes"]]
+    edits = sum(len(c.edits) for c in work.cases)
     return {
         "format": FORMAT,
         "method": method.name,
@@ -510,7 +518,7 @@ def _about(work: _Run, regime: str, rows: Sequence[dict[str, Any]], seed: int) -
         "versions": versions(),
         "efficiency": {
             **work.spent,
-            "editing_per_edit": work.spent["editing"] / sum(len(c.edits) for c in work.cases),
+            **{f"{what}_per_edit": work.spent[what] / edits for what in ("editing", "processor", "bytes")},
             "flops_per_edit": work.flops,
             "peak_memory": work.peak,
         },

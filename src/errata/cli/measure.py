@@ -182,9 +182,6 @@ def _measured(plan: Plan, made_with: dict[str, Any], out: Path | None) -> Result
     folder = None if out is None or out.suffix == ".json" else out
     results = measure.run_grid(plan, lm, cases, folder, progress)
     if folder is not None:
-        from .. import store
-
-        store.write(folder / "run.yaml", plan.to_yaml(found))
         results.write(folder)
         shell.wrote(folder)
     elif out is not None:
