@@ -48,8 +48,9 @@ CHECKPOINTS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000)
 """After so many cases a sequential run is asked about them, to see what it retains."""
 
 TAKEN = ("preparing", "editing", "processor", "evaluating", "bytes")
-"""What a run takes. Seconds: for what a method needs once of the unedited model, for the edits (and of the processor for
-them, which other work on the machine does not lengthen), for the questions to edited models. And bytes of patches."""
+"""What a run takes. Seconds: for what a method needs once of the unedited model, for the edits (and of the processor
+for them, which other work on the machine does not lengthen), for the questions to edited models. And bytes of patches.
+"""
 
 Progress = Callable[[int, int], None]
 Outcome = list[Answer] | ErrataError
