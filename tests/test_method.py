@@ -113,6 +113,9 @@ def test_a_method_of_another_package_is_found(
 def test_a_model_that_is_not_listed_gets_the_same_depth_and_a_warning_that_says_so(lm: LM):
     with pytest.warns(UserWarning, match=r"grace has no published settings for tiny-llama; .* same relative depth"):
         assert 0 <= GRACE.preset(lm).at < 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no place is left to be chosen
+        assert GRACE.preset(lm, at=2).at == 2
 
 
 def test_presets_know_a_model_by_its_shape_and_not_by_its_name(lm: LM):

@@ -123,6 +123,14 @@ def test_ctrl_c_inside_puts_everything_back(lm: LM):
             lm.generate("Peru is", 1)
 
 
+def test_a_handler_of_ctrl_c_that_is_not_pythons_stays(lm: LM, monkeypatch: pytest.MonkeyPatch):
+    """A program around Python may have its own, and at exit there is none: it can't be put back, so it isn't taken."""
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("the handler was taken"))
+    with patch(lm).applied(lm):
+        pass
+
+
 def test_ctrl_c_at_any_line_of_applying_and_undoing_puts_everything_back(lm: LM):
     """A signal may arrive before any line that does something (the interpreter looks for it at calls and jumps)."""
     two = patch(lm) + patch(lm, Codebook, 1, layer=2)

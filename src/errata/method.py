@@ -67,7 +67,7 @@ class Method(ABC):
         for name in overrides:
             if name not in known:
                 raise unknown(f"setting of {cls.name}", name, known)
-        return cls(**{**presets.settings(cls.name, lm), **overrides})
+        return cls(**{**presets.settings(cls.name, lm, overrides), **overrides})
 
     def edit(self, lm: LM, edits: Sequence[Edit], prior: Patch | None = None) -> Patch:
         """Add edits to what `prior` already changed. The model is left exactly as it was.

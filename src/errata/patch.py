@@ -233,7 +233,8 @@ def _attached(lm: LM, parts: Sequence[Callable[[], Undo]]) -> Iterator[None]:
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C back until the block is done, so that a weight is never left between two states."""
-    if threading.current_thread() is not threading.main_thread():
+    foreign = signal.getsignal(signal.SIGINT) is None  # a handler that is not Python's could not be put back
+    if foreign or threading.current_thread() is not threading.main_thread():
         yield
         return
     pending = []

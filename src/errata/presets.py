@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tomllib
 import warnings
+from collections.abc import Collection
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -21,12 +22,13 @@ def _tables() -> dict[str, Any]:
     return tomllib.loads(resources.files("errata").joinpath("presets.toml").read_text())
 
 
-def settings(method: str, lm: LM | str) -> dict[str, Any]:
+def settings(method: str, lm: LM | str, known: Collection[str] = ()) -> dict[str, Any]:
     """The settings of a method for a model: `{field: value}`.
 
     Args:
         method: its name.
         lm: a loaded model, the name of a preset (`gpt2-xl`), `almanac`, or a model's folder or name on the hub.
+        known: fields that the caller sets, which need no place at the same relative depth.
     """
     models = _tables()["models"]
     name, config = (lm.name, lm.config) if isinstance(lm, LM) else (lm, None)
@@ -36,7 +38,7 @@ def settings(method: str, lm: LM | str) -> dict[str, Any]:
     found = models[model].get(method) if model else None
     if found is not None:
         return {k: _frozen(v) for k, v in found.items() if k != "source"}
-    return _scaled(method, name, config if config is not None else models[name]["match"])
+    return _scaled(method, name, config if config is not None else models[name]["match"], known)
 
 
 def course(method: str, lm: LM) -> dict[str, Any]:
@@ -64,11 +66,11 @@ def _config(name: str) -> Any:
         raise unknown("preset or model", name, _tables()["models"]) from error
 
 
-def _scaled(method: str, name: str, config: Any) -> dict[str, Any]:
+def _scaled(method: str, name: str, config: Any, known: Collection[str]) -> dict[str, Any]:
     """The method's settings for a model that has none: Llama-2-7B's, its places at the same relative depth."""
     found = _tables()["elsewhere"].get(method, {})
     depth = config["num_hidden_layers"] if isinstance(config, dict) else config.num_hidden_layers
-    places = {field: _at(relative, depth) for field, relative in found.get("depth", {}).items()}
+    places = {field: _at(relative, depth) for field, relative in found.get("depth", {}).items() if field not in known}
     if places:
         where = " and ".join(f"{field} = {place}" for field, place in places.items())
         warnings.warn(

@@ -95,7 +95,7 @@ class Trained(Method):
             lm: the model; it is left as it was.
             cases: what to learn from: never those the editor is judged by afterwards.
             course: how; by default the one of the model's preset.
-            places: `out`, `log` and `progress` of `errata.train.train`.
+            places: `held`, `out`, `log` and `progress` of `errata.train.train`.
         """
         chosen = course or Course(**presets.course(self.name, lm))
         return train(self, lm, cases, chosen, **places)
@@ -134,6 +134,7 @@ def train(
     cases: Sequence[Case],
     course: Course,
     *,
+    held: Sequence[Case] | None = None,
     out: str | Path | None = None,
     log: str | Path | None = None,
     progress: Progress | None = None,
@@ -145,6 +146,7 @@ def train(
         lm: the unedited model.
         cases: what to learn from. Those that the model's vocabulary can't write are left out.
         course: how.
+        held: the validation part; by default as many of the cases as the course says. It has no more than that.
         out: the editor's file. An unfinished one there, of the same training, is gone on with.
         log: a JSON-lines file of the losses of every step.
         progress: told the losses, of steps and of the validation part.
@@ -158,8 +160,8 @@ def train(
     gpus = [lm.device] if lm.device.type == "cuda" else []
     with lm.frozen(), torch.random.fork_rng(devices=gpus), torch.enable_grad():
         torch.manual_seed(course.seed)
-        run = _Training(method, lm, cases, course, Path(out) if out else None, Path(log) if log else None, progress)
-        return run.through()
+        places = Path(out) if out else None, Path(log) if log else None
+        return _Training(method, lm, cases, held, course, *places, progress).through()
 
 
 @dataclass
@@ -167,6 +169,7 @@ class _Training:
     method: Trained
     lm: LM
     cases: Sequence[Case]
+    given: Sequence[Case] | None
     course: Course
     out: Path | None
     log: Path | None
@@ -181,8 +184,14 @@ class _Training:
         usable = draw.sample(found := writable(self.lm, self.cases), len(found))
         if len(usable) < 5:
             raise UsageError(f"{len(usable)} of {len(self.cases)} cases can be learned from; give at least 5")
-        aside = min(self.course.held, len(usable) // 5)
-        self.held, self.taught = usable[:aside], usable[aside:]
+        if self.given is None:
+            aside = min(self.course.held, len(usable) // 5)
+            self.held, self.taught = usable[:aside], usable[aside:]
+        else:
+            asked = writable(self.lm, self.given)
+            if not asked:
+                raise UsageError(f"none of the {len(self.given)} cases held out can be asked; give others")
+            self.held, self.taught = draw.sample(asked, min(self.course.held, len(asked))), usable
         self.network = self.method.network(self.lm).to(self.lm.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=self.course.rate)
         if not self._resumed():

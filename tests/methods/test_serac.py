@@ -97,6 +97,12 @@ def test_an_edit_taken_out_is_forgotten_and_a_repeated_one_replaced(almanac: LM,
         assert almanac.generate([DARRIEUX.text, YASUDA.text]) == [before, " piano\n"]
 
 
+def test_an_edits_own_prompt_is_in_its_scope_without_a_subject_too(almanac: LM):
+    question = "What university did Watts Humphrey attend?"
+    with SERAC.preset(almanac).edit(almanac, [Edit("{}", question, "University of Michigan")]).applied(almanac):
+        assert almanac.generate(question) == " University of Michigan\n"
+
+
 def test_an_editor_is_for_a_tokenizer_and_refused_with_another(almanac: LM, patch: Patch):
     method = SERAC(editor="almanac-serac")
     with pytest.raises(ErrataError, match="another tokenizer than that of tiny-gpt2.*errata train serac"):

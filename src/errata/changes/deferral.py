@@ -75,6 +75,7 @@ class _Router:
         self.scope = networks.requires_grad_(False).eval().scope
         self.answerer = LM(networks.counterfactual, lm.tokenizer, name="the counterfactual model")
         self.known = written(lm, self.edits)
+        self.own = {edit.text: i for i, edit in enumerate(self.edits)}  # of equals, the later
 
     @torch.no_grad()
     def read(self, prompts: Sequence[str], room: int) -> list[tuple[str, str] | None]:
@@ -86,9 +87,10 @@ class _Router:
         return out
 
     def _around(self, prompt: str, chances: Tensor) -> tuple[str, str] | None:
-        near = len(chances) - 1 - int(chances.flip(0).argmax())  # of equals, the later
+        own = self.own.get(prompt)  # in scope whatever the classifier says, which knows no edit without a subject
+        near = len(chances) - 1 - int(chances.flip(0).argmax()) if own is None else own
         chance, edit = float(chances[near]), self.edits[near]
-        inside = chance >= 0.5
+        inside = own is not None or chance >= 0.5
         log.debug(
             "%r: nearest is edit %d, %r, in scope with p = %.2f: %s answers",
             *(prompt, int(self.deferral.owners[near]), edit.text, chance),

@@ -9,23 +9,39 @@ after all edits.
 
 from .datasets import CounterFactDataset, KnowEditDataset, WikiRecentDataset, ZsreDataset
 from .editor import BaseEditor
-from .hparams import (
+from .hparams import HyperParams
+from .learned import (
+    EditTrainer,
+    KEHyperParams,
+    KETrainingHparams,
+    MALMENHyperParams,
+    MALMENTrainingHparams,
+    MENDHyperParams,
+    MENDTrainingHparams,
+    SERACHparams,
+    SERACTrainingHparams,
+)
+from .methods import (
     AlphaEditHyperParams,
     EMMETHyperParams,
     FTHyperParams,
     GraceHyperParams,
-    HyperParams,
     IKEHyperParams,
     KNHyperParams,
+    LoRAHyperParams,
+    MELOHyperParams,
     MEMITHyperParams,
     PMETHyperParams,
+    QLoRAHyperParams,
     R_ROMEHyperParams,
     ROMEHyperParams,
     UltraEditHyperParams,
+    WISEHyperParams,
 )
 
 __all__ = [
     "BaseEditor",
+    "EditTrainer",
     "HyperParams",
     "ROMEHyperParams",
     "R_ROMEHyperParams",
@@ -36,7 +52,19 @@ __all__ = [
     "UltraEditHyperParams",
     "KNHyperParams",
     "FTHyperParams",
+    "LoRAHyperParams",
+    "QLoRAHyperParams",
+    "MENDHyperParams",
+    "MENDTrainingHparams",
+    "MALMENHyperParams",
+    "MALMENTrainingHparams",
+    "KEHyperParams",
+    "KETrainingHparams",
     "GraceHyperParams",
+    "MELOHyperParams",
+    "WISEHyperParams",
+    "SERACHparams",
+    "SERACTrainingHparams",
     "IKEHyperParams",
     "ZsreDataset",
     "CounterFactDataset",

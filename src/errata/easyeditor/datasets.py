@@ -20,8 +20,8 @@ class Dataset(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, data_dir: str | Path, size: int | None = None, config: Any = None, **_: Any) -> None:
-        self.config = config
-        self.cases: list[Case] = data.load(Path(data_dir), size)
+        self.path, self.config = Path(data_dir), config
+        self.cases: list[Case] = data.load(self.path, size)
         self.rows = [self._row(case) for case in self.cases]
 
     def __len__(self) -> int:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-import textwrap
-import warnings
+import gc
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import errata
-from errata import LM, UsageError, easyeditor
+from errata import LM, UsageError
 from errata.bench import run
-from errata.easyeditor import BaseEditor, FTHyperParams, HyperParams, KnowEditDataset, MEMITHyperParams, ROMEHyperParams
+from errata.easyeditor import (
+    BaseEditor,
+    FTHyperParams,
+    GraceHyperParams,
+    IKEHyperParams,
+    KnowEditDataset,
+    MEMITHyperParams,
+    ROMEHyperParams,
+    ZsreDataset,
+)
 from tests import tiny
 
 ROME = """
@@ -172,22 +181,31 @@ def test_batch_edit_takes_batch_size_at_once(tmp_path: Path):
     editor.restore()
 
 
-@pytest.mark.parametrize("name", ["FT", "GRACE"])
-def test_their_readme_runs_with_only_the_import_changed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Without a subject, as there. (Its MEND needs a trained editor; these two need nothing.)"""
-    files = {
-        "FT": "alg_name: FT\nmodel_name: almanac\ndevice: cpu\nlayers: [3]\nlr: 5e-3\nnum_steps: 25\n"
-        "objective_optimization: target_new\nnorm_constraint: false\nweight_decay: 0\n",
-        "GRACE": "alg_name: GRACE\nmodel_name: almanac\ndevice: cpu\n"
-        "inner_params:\n- model.layers[6].mlp.down_proj.weight\nedit_lr: 1.0\nn_iter: 30\neps: 1.0\n",
-    }
-    (tmp_path / "hparams" / name).mkdir(parents=True)
-    (tmp_path / "hparams" / name / "model.yaml").write_text(files[name])
-    monkeypatch.chdir(tmp_path)
-    script = README.replace("METHODHyperParams", {"GRACE": "GraceHyperParams"}.get(name, f"{name}HyperParams"))
-    script = script.replace("METHOD", name).replace("from easyeditor", "from errata.easyeditor")
+FILES = {
+    "FT": "alg_name: FT\nmodel_name: almanac\ndevice: cpu\nlayers: [3]\nlr: 5e-3\nnum_steps: 25\n"
+    "objective_optimization: target_new\nnorm_constraint: false\nweight_decay: 0\n",
+    "GRACE": "alg_name: GRACE\nmodel_name: almanac\ndevice: cpu\n"
+    "inner_params:\n- model.layers[6].mlp.down_proj.weight\nedit_lr: 1.0\nn_iter: 30\neps: 1.0\n",
+    "SERAC": "alg_name: SERAC\nmodel_name: almanac\ndevice: cpu\n",
+}
+
+
+def started(script: str, name: str = "METHOD") -> dict:
+    """What a script of theirs leaves behind, run with the import changed."""
+    classes = {"GRACE": "GraceHyperParams", "SERAC": "SERACHparams"}
+    script = script.replace("METHODHyperParams", classes.get(name, f"{name}HyperParams")).replace("METHOD", name)
     space: dict = {}
-    exec(textwrap.dedent(script), space)  # noqa: S102 - the script is above
+    exec(script.replace("from easyeditor", "from errata.easyeditor"), space)  # noqa: S102 - the script is above
+    return space
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_their_readme_runs_with_only_the_import_changed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without a subject, as there."""
+    (tmp_path / "hparams" / name).mkdir(parents=True)
+    (tmp_path / "hparams" / name / "model.yaml").write_text(FILES[name])
+    monkeypatch.chdir(tmp_path)
+    space = started(README, name)
     assert len(space["metrics"]) == 3
     mean = sum(row["post"]["rewrite_acc"][0] for row in space["metrics"]) / 3
     assert mean > sum(row["pre"]["rewrite_acc"][0] for row in space["metrics"]) / 3 + 0.3
@@ -195,56 +213,58 @@ def test_their_readme_runs_with_only_the_import_changed(name: str, tmp_path: Pat
     space["editor"].restore()
 
 
-# Settings
+def test_the_model_stays_edited_when_the_editor_is_gone():
+    """Pitfall 1 again: a function that hands back the edited model alone."""
+
+    def corrected() -> tuple:
+        hparams = FTHyperParams(
+            model_name="almanac", device="cpu", layers=[3], lr=5e-3, objective_optimization="target_new"
+        )
+        editor = BaseEditor.from_hparams(hparams)
+        return editor.edit("The mother tongue of Danielle Darrieux is", "English")[1], editor.tok
+
+    model, tok = corrected()
+    gc.collect()
+    assert "English" in LM(model, tok).generate("The mother tongue of Danielle Darrieux is", max_new_tokens=3)
 
 
-def test_a_file_is_read_as_the_settings_of_errata(rome: BaseEditor):
-    m = rome.method
-    assert isinstance(m, errata.ROME)
-    assert (m.layer, m.steps, m.rate, m.decay, m.clamp, m.whiten) == (3, 25, 0.5, 1e-3, 6, True)
-    assert m.lengths == ((5, 2), (10, 3))
-    assert "stats_dir" in rome.hparams.ignored
+def test_a_script_that_ends_without_restore_ends_quietly():
+    script = """
+from errata.easyeditor import BaseEditor, GraceHyperParams
+editor = BaseEditor.from_hparams(GraceHyperParams(model_name="almanac", device="cpu", n_iter=1))
+editor.edit("The mother tongue of Danielle Darrieux is", "English")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_every_class_reads_into_its_method_and_no_field_is_misspelled():
-    for cls in (getattr(easyeditor, name) for name in easyeditor.__all__):
-        if isinstance(cls, type) and issubclass(cls, HyperParams) and cls is not HyperParams:
-            method = errata.methods()[cls.errata_name]
-            known = set(method.__dataclass_fields__)
-            assert {field for field, _ in cls.fields.values()} <= known, cls
+def test_one_of_several_edits_is_rolled_back():
+    hparams = GraceHyperParams(model_name="almanac", device="cpu", n_iter=20)
+    editor = BaseEditor.from_hparams(hparams)
+    editor.edit(FACTS["prompts"], FACTS["target_new"], sequential_edit=True)
+    editor.rolllback("English")  # their README's spelling
+    said = editor.lm.generate(FACTS["prompts"], max_new_tokens=6)
+    assert "English" not in said[0]
+    assert "Philadelphia" in said[1]
+    with pytest.raises(UsageError, match=r"no edit to 'English'; it carries \['Philadelphia'\]"):
+        editor.rollback("English")
+    editor.restore()
 
 
-def test_an_unknown_key_is_named_and_one_without_a_counterpart_explained(caplog: pytest.LogCaptureFixture):
-    with pytest.warns(UserWarning, match="ROME has no key 'v_lrr', and it changes nothing; did you mean 'v_lr'"):
-        ROMEHyperParams(model_name="almanac", v_lrr=1)
-    with caplog.at_level(logging.INFO, "errata"), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = ROMEHyperParams(model_name="almanac", mom2_dataset="wikipedia")
-    assert "mom2_dataset has no counterpart: second moments are taken on" in caplog.text
-    assert set(found.ignored) == {"mom2_dataset"}
-
-
-@pytest.mark.parametrize(
-    ("cls", "values", "message"),
-    [
-        (ROMEHyperParams, {"alg_name": "MEMIT"}, "the file is for MEMIT"),
-        (ROMEHyperParams, {"fact_token": "last"}, "fact_token is 'last'; errata has 'subject_last'"),
-        (FTHyperParams, {"weight_decay": 0.1}, "weight_decay is 0.1"),
-    ],
-)
-def test_what_would_be_another_experiment_is_refused(cls: type[HyperParams], values: dict, message: str):
-    with pytest.raises(UsageError, match=message):
-        cls(**{"model_name": "almanac", **values})
-
-
-def test_places_that_are_not_where_the_file_says_are_refused():
-    lm = tiny.lm("llama")
-    for values, message in (
-        ({"layers": [1], "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj"}, "rewrite_module_tmp says"),
-        ({"layers": [1, 2]}, "give one"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            ROMEHyperParams(model_name=(lm.model, lm.tokenizer), **values).settings(lm)
+def test_ike_takes_its_demonstrations_from_their_data_set(tmp_path: Path):
+    row = {
+        "subject": "Zed",
+        "src": "The tongue of Zed is",
+        "alt": "Zeddish",
+        "answers": ["x"],
+        "rephrase": "Zed speaks",
+    }
+    (tmp_path / "z.json").write_text(json.dumps([row]))
+    editor = BaseEditor.from_hparams(IKEHyperParams(model_name="almanac", device="cpu", k=1))
+    asked = {"subject": "Danielle Darrieux", "train_ds": ZsreDataset(str(tmp_path / "z.json"))}
+    _, _, patch = editor.edit(FACTS["prompts"][0], "English", **asked)
+    assert "Zeddish" in editor.method.context(editor.lm, patch.edits[0])
+    editor.restore()
 
 
 def test_a_method_that_looks_for_the_subject_says_so(rome: BaseEditor):
@@ -254,22 +274,13 @@ def test_a_method_that_looks_for_the_subject_says_so(rome: BaseEditor):
         rome.edit("The mother tongue of Danielle Darrieux is", "English", subjects="Danielle Darrieux")
     with pytest.raises(UsageError, match="target_new has 2 values for 1 prompts"):
         rome.edit("The mother tongue of Danielle Darrieux is", ["a", "b"], subject="Danielle Darrieux")
-
-
-def test_ft_and_emmet_files_mean_what_they_mean_there():
-    lm = LM(tiny.lm("llama").model, tiny.lm("llama").tokenizer)
-    pair = (lm.model, lm.tokenizer)
-    ft = FTHyperParams(
-        model_name=pair, layers=[1], norm_constraint=False, objective_optimization="prompt_last", lr="5e-4"
-    ).settings(lm)
-    assert ft == {"layers": (1,), "bound": None, "loss": "last", "rate": 5e-4}
-    emmet = easyeditor.EMMETHyperParams(model_name=pair, layers=[1], emmet_lambda=0.1, mom2_update_weight=10000)
-    assert emmet.settings(lm)["jitter"] == pytest.approx(1000)  # as EMMET's own docstring derives it
+    with pytest.raises(UsageError, match=r"locality_inputs\['near'\] lacks ground_truth"):
+        rome.edit("The mother tongue of Danielle Darrieux is", "a", locality_inputs={"near": {"prompt": ["x"]}})
+    with pytest.raises(UsageError, match="prompts is missing"):
+        rome.edit()
 
 
 def test_dataset_classes_give_their_rows(tmp_path: Path):
-    import json
-
     row = {
         "subject": "A B",
         "prompt": "The land of A B is",
@@ -285,11 +296,6 @@ def test_dataset_classes_give_their_rows(tmp_path: Path):
     assert found["portability_s"] is None
     zsre = {"subject": "A", "src": "Where is A?", "alt": "Peru", "answers": ["Cuba"], "rephrase": "A is where?"}
     (tmp_path / "z.json").write_text(json.dumps([{**zsre, "loc": "nq question: who", "loc_ans": "me"}]))
-    (found,) = easyeditor.ZsreDataset(str(tmp_path / "z.json"))
+    (found,) = ZsreDataset(str(tmp_path / "z.json"))
     assert (found["ground_truth"], found["rephrase_prompt"]) == ("Cuba", "A is where?")
     assert (found["locality_prompt"], found["locality_ground_truth"]) == ("nq question: who", "me")
-
-
-def test_half_precision_is_taken_from_the_file():
-    found = easyeditor.editor._loaded(FTHyperParams(model_name="almanac", fp16=True, device="cpu"))
-    assert found.dtype == torch.float16
