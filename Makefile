@@ -12,7 +12,8 @@ bin := $(venv)/bin
 python := $(bin)/python
 ready := $(venv)/.ready
 torch := $(shell sed -n 's/^\(torch==[^ ;\#]*\).*/\1/p' constraints.txt)
-copied := $(shell [ ! -e $(ready) ] || [ "$$(cat $(ready))" = "$$(pwd)" ] || echo yes)
+linked := $(shell [ ! -L $(venv) ] || echo yes)
+copied := $(shell [ -n "$(linked)" ] || [ ! -e $(ready) ] || [ "$$(cat $(ready))" = "$$(pwd)" ] || echo yes)
 new_enough := import sys; sys.exit(sys.version_info < (3, 11))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -62,8 +63,11 @@ clean: ## remove what was built and cached (.venv stays; to start over: rm -rf .
 
 # Torch comes first and alone: it is the one large and platform-dependent package, and whatever follows must take it as
 # it is. An environment that was left half made is completed; one whose pip does not run, or that was copied from another
-# folder (its scripts still point there), is made again.
+# folder (its scripts still point there), is made again. A .venv that is a link is another checkout's: it is used as it is.
+ifeq ($(linked),)
 $(ready): pyproject.toml constraints.txt
+endif
+$(ready):
 	@[ -n "$(torch)" ] || { echo "constraints.txt names no torch==VERSION: put the line back" >&2; exit 1; }
 	@if [ -n "$(copied)" ] || ! { $(python) -c '$(new_enough)' && $(python) -m pip --version; } >/dev/null 2>&1; then \
 		$(PYTHON) -c '$(new_enough)' || { \
