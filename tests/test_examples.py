@@ -14,6 +14,7 @@ SAYS = {
     "correct_one_fact.py": ([], "The mother tongue of Danielle Darrieux is English"),
     "batch_of_facts.py": (["12"], "memit on almanac, batch=12"),
     "year_of_corrections.py": (["3"], "3 corrections carried, 3 files in corrections"),
+    "train_mend.py": (["2"], "the best of 2 looks at the validation part is in mend.safetensors"),
     "serve_the_result.py": ([], "The mother tongue of Danielle Darrieux is English"),
 }
 """What each is started with here, and a line it prints."""
