@@ -41,6 +41,12 @@ def settings(method: str, lm: LM | str, known: Collection[str] = ()) -> dict[str
     return _scaled(method, name, config if config is not None else models[name]["match"], known)
 
 
+def source(method: str, lm: LM) -> str | None:
+    """Where the settings of a method for a model are from, if it is listed."""
+    model = recognised(lm.config)
+    return _tables()["models"][model].get(method, {}).get("source") if model else None
+
+
 def course(method: str, lm: LM) -> dict[str, Any]:
     """How an editor for a model is trained, where that was tuned: `{field: value}`."""
     model = recognised(lm.config)

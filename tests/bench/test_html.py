@@ -97,6 +97,21 @@ def test_the_table_of_numbers_is_the_summary(page: Any, results: Results):
                     assert f"{found['mean']:.3f}" in text
 
 
+def test_every_number_stands_under_its_own_protocol_and_metric(page: Any, results: Results):
+    cells = page.evaluate(
+        """() => {
+            const at = (e) => e.getBoundingClientRect(), head = document.querySelector('table.numbers').tHead;
+            const covers = (h, c) => at(h).left <= at(c).left + 1 && at(c).right <= at(h).right + 1;
+            const over = (row, c) => [...row.cells].find((h) => covers(h, c)).innerText;
+            return [...document.querySelectorAll('table.numbers td[title]')].map((c) => [
+                over(head.rows[1], c), over(head.rows[0], c), c.title]); }"""
+    )
+    asked = [f for r in results.reports for m in r.summary.values() for f in m.values() if f["mean"] is not None]
+    assert len(cells) == len(asked)
+    for metric, protocol, said in cells:
+        assert said.startswith(f"{metric}, {protocol}: ")
+
+
 def test_texts_are_found_filtered_and_opened(page: Any, results: Results):
     def rows() -> int:
         return page.locator("#texts tbody tr:not(.probe)").count()

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: dots with intervals, curves, bars. Colours are the page's; marks also differ in shape."""
+"""Charts as inline SVG: dots with intervals, points, curves. Colours are the page's; marks also differ in shape."""
 
 from __future__ import annotations
 
@@ -87,9 +87,39 @@ def mark(protocol: str, x: float, y: float) -> str:
     return f'<rect class="mark" x="{x - 4:.1f}" y="{y - 4}" width="8" height="8"/>'
 
 
-def curves(title: str, lines: Sequence[Line], width: int = 372, height: int = 250) -> str:
+def scatter(
+    title: str, across: str, up: str, points: Sequence[tuple[str, float, float]], width: int = 372, height: int = 346
+) -> str:
+    """Named points (x, y) of two shares; the names stand at the right in the order of their points."""
+    left, right, top, bottom = 40, 120, 46, 40
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (width - left - right) * x, height - bottom - (height - top - bottom) * y
+
+    parts = [_text(0, 14, escape(title), "strong")]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        (x, low), (far, y) = at(share, 0), at(1, share)
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{far:.1f}M{x:.1f} {top}V{low:.1f}"/>')
+        parts.append(_text(left - 8, y + 4, f"{share:g}", "tick end") + _text(x, low + 16, f"{share:g}", "tick middle"))
+    parts.append(
+        _text(left, height - 4, f"{escape(across)} →", "tick") + _text(left, top - 4, f"↑ {escape(up)}", "tick")
+    )
+    ordered = sorted(points, key=lambda p: (-p[2], -p[1]))
+    labels = _apart([at(x, y)[1] for _, x, y in ordered], height - 8)
+    for i, ((name, x, y), label) in enumerate(zip(ordered, labels, strict=True)):
+        (h, v), end = at(x, y), width - right + 14
+        said = escape(f"{name}: {across} {x:.3f}, {up} {y:.3f}")
+        parts.append(
+            f'<g class="line c{i % 8}"><title>{said}</title>'
+            f'<path class="leader" d="M{h:.1f} {v:.1f}L{end} {label:.1f}"/>'
+            f'<circle cx="{h:.1f}" cy="{v:.1f}" r="4"/>{_text(end + 4, label + 4, escape(name), "name")}</g>'
+        )
+    return _svg(width, height, f"{title}: {up} against {across}", parts)
+
+
+def curves(title: str, protocol: str, lines: Sequence[Line], width: int = 372, height: int = 200) -> str:
     """Shares over a count that grows by factors, with the interval as a band."""
-    left, right, top, bottom = 40, 110, 34, 36
+    left, right, top, bottom = 40, 110, 30, 36
     last = max(x for line in lines for x, *_ in line.points)
     first = min(x for line in lines for x, *_ in line.points)
     span = math.log(last / first) or 1.0
@@ -98,51 +128,42 @@ def curves(title: str, lines: Sequence[Line], width: int = 372, height: int = 25
         across = (width - left - right) * math.log(x / first) / span
         return left + across, height - bottom - (height - top - bottom) * min(1.0, max(0.0, y))
 
-    parts = [_text(0, 14, escape(title), "strong")]
-    for share in (0, 0.25, 0.5, 0.75, 1):
+    head = f'{escape(title)} <tspan class="{protocol}">{protocol}</tspan>'
+    parts = [_text(0, 14, head, "strong")]
+    for share in (0, 0.5, 1):
         _, y = at(first, share)
         parts.append(f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}"/>')
         parts.append(_text(left - 8, y + 4, f"{share:g}", "tick end"))
     for x in dict.fromkeys(x for line in lines for x, *_ in line.points):
         parts.append(_text(at(x, 0)[0], height - bottom + 18, f"{x:g}", "tick middle"))
-    parts.append(_text(left, height - 4, "edits made", "tick"))
-    names = _apart([at(*line.points[-1][:2])[1] for line in lines])
+    parts.append(_text(left, height - 2, "edits made", "tick"))
+    names = _apart([at(*line.points[-1][:2])[1] for line in lines], height - 10)
     for i, (line, label) in enumerate(zip(lines, names, strict=True)):
         points = [at(x, mean) for x, mean, _, _ in line.points]
         band = [at(x, high) for x, _, _, high in line.points] + [at(x, low) for x, _, low, _ in reversed(line.points)]
         said = ", ".join(f"{x:g}: {mean:.3f}" for x, mean, _, _ in line.points)
-        dash = f' stroke-dasharray="{("none", "7 3", "2 3", "9 3 2 3")[i // 8 % 4]}"'
+        dash = f' stroke-dasharray="{("none", "7 3", "2 3")[i % 3]}"'
         parts.append(
-            f'<g class="line c{i % 8}"><title>{escape(f"{line.name}: {said}")}</title>'
+            f'<g class="line c{i % 8}"><title>{escape(f"{title}, {line.name}: {said}")}</title>'
             f'<polygon class="band" points="{_points(band)}"/><polyline points="{_points(points)}"{dash}/>'
             + "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points)
             + _text(width - right + 8, label + 4, escape(line.name), "name")
             + "</g>"
         )
-    return _svg(width, height, title, parts)
+    return _svg(width, height, f"{title}, {protocol}", parts)
 
 
-def _apart(heights: Sequence[float], least: float = 14) -> list[float]:
-    """Heights of labels near these, none on another."""
-    out, lowest = list(heights), -math.inf
-    for i in sorted(range(len(heights)), key=heights.__getitem__):
-        out[i] = lowest = max(heights[i], lowest + least)
-    over = max(0.0, max(out, default=0.0) - 226)
-    return [y - over for y in out]
-
-
-def bars(title: str, values: Sequence[tuple[str, float | None, str]], width: int = 372) -> str:
-    """A bar for each name, with its value in words; None is not known."""
-    most = max((v for _, v, _ in values if v), default=1.0)
-    left, right, row = 140, 92, 24
-    parts = [_text(0, 14, escape(title), "strong")]
-    for i, (name, value, said) in enumerate(values):
-        y = 30 + i * row
-        parts.append(_text(left - 10, y + 12, escape(name), "label end"))
-        length = (width - left - right) * (value or 0) / most
-        parts.append(f'<rect class="bar" x="{left}" y="{y}" width="{max(length, 1):.1f}" height="15" rx="2"/>')
-        parts.append(_text(left + length + 6, y + 12, escape(said), "tick"))
-    return _svg(width, 36 + len(values) * row, title, parts)
+def _apart(heights: Sequence[float], lowest: float, least: float = 14) -> list[float]:
+    """Heights of labels near these, none on another and none below the lowest."""
+    out, last = list(heights), -math.inf
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    for i in order:
+        out[i] = last = max(heights[i], last + least)
+    last = lowest
+    for i in reversed(order):
+        out[i] = min(out[i], last)
+        last = out[i] - least
+    return out
 
 
 def _points(points: Sequence[tuple[float, float]]) -> str:

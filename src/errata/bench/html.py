@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from . import words
-from .charts import Line, bars, curves, dots, mark
+from .charts import Line, curves, dots, mark, scatter
 from .metrics import mean
 
 if TYPE_CHECKING:
@@ -74,68 +74,103 @@ def _chart(results: Results) -> str:
     return (
         "<section><h2>At a glance</h2><p>Each mark is a mean over cases, the line its 95% interval. The three "
         "protocols answer different questions: compare a mark only with marks of its own shape.</p>"
-        f"<ul class=keys>{keys}</ul><ul class=keys>{asks}</ul><div class=wide>{dots(runs, shares)}</div></section>"
+        f"<ul class=keys>{keys}</ul><ul class=keys>{asks}</ul>{_trade(results)}"
+        f"<div class=wide>{dots(runs, shares)}</div></section>"
+    )
+
+
+def _trade(results: Results) -> str:
+    """For each regime, what carries over against what stays as it was; worth a look from three methods on."""
+    regimes: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
+    for report in results.reports:
+        x, y = (report.summary.get(m, {}).get("generated", {}).get("mean") for m in ("locality", "generalization"))
+        if x is not None and y is not None:
+            regimes[report.about["regime"]].append((report.about["method"], x, y))
+    charts = [scatter(regime, "locality", "generalization", some) for regime, some in regimes.items() if len(some) > 2]
+    if not charts:
+        return ""
+    return (
+        "<p>Every editor trades what carries over to paraphrases against what stays as it was; the best are at the top "
+        f"right (<b class=generated>generated</b>).</p><div class=charts>{''.join(charts)}</div>"
     )
 
 
 def _numbers(results: Results) -> str:
-    from .results import metrics_of
+    from .results import metrics_of, protocols_of
 
-    names = metrics_of(results, aspects=True)
-    head = "".join(f"<th scope=col>{escape(name)}</th>" for name in names)
-    body = "".join(_number_rows(report, names) for report in results.reports)
-    left = "".join(
-        f"<li>{escape(o['method'])}, {escape(o['regime'])}: {escape(o['error'])}</li>"
-        for o in results.about["left_out"]
+    columns = {
+        protocol: [m for m in metrics_of(results, aspects=True) if any(_asked(r, m, protocol) for r in results.reports)]
+        for protocol in protocols_of(results)
+    }
+    groups = "".join(
+        f'<th scope=colgroup colspan={len(names)} class="{protocol}">{protocol}</th>'
+        for protocol, names in columns.items()
+        if names
     )
-    note = f"<p>Without numbers:</p><ul>{left}</ul>" if left else ""
+    head = "".join(f"<th scope=col>{escape(name)}</th>" for names in columns.values() for name in names)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in words.notes(results))
     return (
-        "<section><h2>The numbers</h2><div class=wide><table><caption>Mean over cases, 95% bootstrap interval below; "
-        "– was not asked. A name after / is the data set's own kind of question.</caption><thead><tr>"
-        f"<th scope=col>method</th><th scope=col>regime</th><th scope=col>protocol</th>{head}</tr></thead>"
-        f"{body}</table></div>{note}</section>"
+        "<section><h2>The numbers</h2><div class='wide tall'><table class=numbers><caption>Mean over cases ± half its "
+        "95% bootstrap interval, under each protocol; – was not asked. A name after / is the data set's own kind of "
+        "question.</caption><thead><tr><th scope=col rowspan=2>method</th><th scope=col rowspan=2>regime</th>"
+        f"{groups}</tr><tr>{head}</tr></thead>{_by_method(results, lambda r: _number_cells(r, columns))}</table></div>"
+        f"<ul class=notes>{notes}</ul></section>"
     )
 
 
-def _number_rows(report: Report, names: Sequence[str]) -> str:
-    protocols = list(dict.fromkeys(p for found in report.summary.values() for p in found))
-    rows = []
-    for i, protocol in enumerate(protocols):
-        cells = "".join(_number(report.summary.get(name, {}).get(protocol)) for name in names)
-        span = f"rowspan={len(protocols)}"
-        about = report.about
-        first = (
-            f"<th scope=rowgroup {span}>{escape(about['method'])}</th><td {span}>{escape(about['regime'])}</td>"
-            if i == 0
-            else ""
-        )
-        rows.append(f'<tr>{first}<th scope=row class="{protocol}">{protocol}</th>{cells}</tr>')
-    return f"<tbody>{''.join(rows)}</tbody>"
+def _asked(report: Report, metric: str, protocol: str) -> bool:
+    return report.summary.get(metric, {}).get(protocol, {}).get("mean") is not None
 
 
-def _number(found: Mapping[str, Any] | None) -> str:
+def _by_method(results: Results, cells: Callable[[Report], str]) -> str:
+    """A body of a table for each method, with a row for each regime."""
+    methods: dict[str, list[Report]] = defaultdict(list)
+    for report in results.reports:
+        methods[report.about["method"]].append(report)
+    bodies = []
+    for method, reports in methods.items():
+        name = f"<th scope=rowgroup rowspan={len(reports)}>{escape(method)}</th>"
+        rows = [f"<th scope=row class=regime>{escape(r.about['regime'])}</th>{cells(r)}" for r in reports]
+        bodies.append("<tbody>" + "".join(f"<tr>{'' if i else name}{row}</tr>" for i, row in enumerate(rows)))
+    return "</tbody>".join([*bodies, ""])
+
+
+def _number_cells(report: Report, columns: Mapping[str, Sequence[str]]) -> str:
+    return "".join(
+        _number(report.summary.get(name, {}).get(protocol), f"{name}, {protocol}", first=i == 0)
+        for protocol, names in columns.items()
+        for i, name in enumerate(names)
+    )
+
+
+def _number(found: Mapping[str, Any] | None, what: str, first: bool) -> str:
+    kind = "number first" if first else "number"
     if found is None or found["mean"] is None:
-        return "<td class=number>–</td>"
-    interval = f"{found['low']:.3f} to {found['high']:.3f}"
-    return f'<td class=number title="{found["n"]} cases">{found["mean"]:.3f}<small>{interval}</small></td>'
+        return f'<td class="{kind}">–</td>'
+    half = f"{(found['high'] - found['low']) / 2:.2f}".removeprefix("0")
+    said = f"{what}: {found['low']:.3f} to {found['high']:.3f}, {found['n']} cases"
+    return f'<td class="{kind}" title="{escape(said)}">{found["mean"]:.3f} <small>±{half}</small></td>'
 
 
 def _retention(results: Results) -> str:
     kept = [r for r in results.reports if len(r.about.get("retention", ())) > 1]
     if not kept:
         return ""
-    charts = []
-    for metric in ("reliability", "generalization", "locality"):
-        for protocol in ("generated", "forced"):
-            lines = [Line(r.about["method"], _points(r.about["retention"], metric, protocol)) for r in kept]
-            lines = [line for line in lines if line.points]
-            if lines:
-                charts.append(curves(f"{metric}, {protocol}", lines))
+    forced, generated = ("".join(_kept(r, protocol) for r in kept) for protocol in ("forced", "generated"))
     return (
         "<section><h2>What a sequence retains</h2><p>Edits are made one after another on the same model. Each point "
-        "asks about <em>all</em> edits made so far; the band is the 95% interval.</p>"
-        f"<div class=charts>{''.join(charts)}</div></section>"
+        "asks about <em>all</em> edits made so far; the band is the 95% interval. Here <b class=generated>generated</b>"
+        f":</p><div class=charts>{generated}</div><details><summary>The same, <b class=forced>forced</b></summary>"
+        f"<div class=charts>{forced}</div></details></section>"
     )
+
+
+def _kept(report: Report, protocol: str) -> str:
+    """One method's curves."""
+    names = ("reliability", "generalization", "locality")
+    found = [(name, _points(report.about["retention"], name, protocol)) for name in names]
+    lines = [Line(name, points) for name, points in found if points]
+    return curves(report.about["method"], protocol, lines) if lines else ""
 
 
 def _points(
@@ -146,15 +181,22 @@ def _points(
 
 
 def _cost(results: Results) -> str:
-    found = [(f"{r.about['method']}, {r.about['regime']}", r.about["efficiency"]) for r in results.reports]
-    time = [(name, e["editing_per_edit"], f"{e['editing_per_edit']:.3g} s") for name, e in found]
-    memory = [(name, e.get("peak_memory"), words.amount(e.get("peak_memory"), "B")) for name, e in found]
-    work = [(name, e.get("flops_per_edit"), words.amount(e.get("flops_per_edit"), "FLOP")) for name, e in found]
+    found = [words.costs(r.about) for r in results.reports]
+    most = [max((v for v, _ in column if v), default=1.0) for column in zip(*found, strict=True)]
+
+    def cells(report: Report) -> str:
+        return "".join(
+            f'<td class="number bar" style="--share:{(value or 0) / top:.4f}">{escape(said)}</td>'
+            for (value, said), top in zip(words.costs(report.about), most, strict=True)
+        )
+
+    head = "".join(f"<th scope=col>{escape(name)}</th>" for name in words.COSTS.values())
     return (
-        "<section><h2>Cost</h2><p>Time and memory are of the machine this ran on; operations are the same everywhere "
-        "(counted on the first edits of a run).</p><div class=charts>"
-        f"{bars('seconds an edit', time)}{bars('peak memory', memory)}{bars('operations an edit', work)}"
-        "</div></section>"
+        "<section><h2>Cost</h2><div class='wide tall'><table class=costs><caption>Seconds are of the machine this ran "
+        "on, those of the processor without what else it did; operations are the same everywhere (counted on the first "
+        "edits of a run). The bytes of single edits are of a patch each, of others the patch of all, shared out."
+        "</caption><thead><tr><th scope=col>method</th><th scope=col>regime</th>"
+        f"{head}</tr></thead>{_by_method(results, cells)}</table></div></section>"
     )
 
 
@@ -183,29 +225,24 @@ def _said(value: Any) -> str:
 
 def _relations(results: Results) -> str:
     """By the kind of fact: does the model say the new answer?"""
-    counts: dict[str, set[Any]] = defaultdict(set)
+    prompts: dict[str, list[str]] = defaultdict(list)
     for row in results.reports[0].rows:
         if row["relation"]:
-            counts[row["relation"]].add(row["case_id"])
-    if not counts:
+            prompts[row["relation"]].append(row["edit"]["prompt"])
+    if not prompts:
         return ""
-    shown = sorted(counts, key=lambda name: (-len(counts[name]), name))[:RELATIONS]
-    head = "".join(
-        f"<th scope=col>{escape(r.about['method'])}<small>{escape(r.about['regime'])}</small></th>"
-        for r in results.reports
-    )
-    body = []
-    for name in shown:
-        cells = "".join(_share(_of_relation(r, name)) for r in results.reports)
-        body.append(f"<tr><th scope=row>{escape(name)}</th><td class=number>{len(counts[name])}</td>{cells}</tr>")
-    rest = len(counts) - len(shown)
+    shown = sorted(prompts, key=lambda name: (-len(prompts[name]), name))[:RELATIONS]
+    head = "".join(f"<th scope=col>{escape(name)}<small>{len(prompts[name])}</small></th>" for name in shown)
+    keys = "".join(f"<li><b>{escape(n)}</b> {escape(max(prompts[n], key=prompts[n].count))}</li>" for n in shown)
+    rest = len(prompts) - len(shown)
     more = f" The {rest} rarest relations are left out." if rest else ""
     return (
-        "<section><h2>By relation</h2><p>Reliability, <b class=generated>generated</b>: the share of cases of each "
-        f"relation (a Wikidata property) where the edited model says the new answer by itself.{more}</p>"
-        "<div class=wide>"
-        f"<table class=heat><thead><tr><th scope=col>relation</th><th scope=col>cases</th>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div></section>"
+        "<section><h2>By relation</h2><p>Reliability, <b class=generated>generated</b>: of a hundred cases of each "
+        "relation (a Wikidata property; the small number says how many cases there are), in how many the edited model "
+        f"says the new answer by itself.{more}</p><div class='wide tall'><table class=heat><thead><tr>"
+        f"<th scope=col>method</th><th scope=col>regime</th>{head}</tr></thead>"
+        f"{_by_method(results, lambda r: ''.join(_share(_of_relation(r, n)) for n in shown))}</table></div>"
+        f"<details><summary>What the relations are</summary><ul class=keys>{keys}</ul></details></section>"
     )
 
 
@@ -217,7 +254,7 @@ def _share(value: float | None) -> str:
     if value is None:
         return "<td class=number>–</td>"
     dark = " dark" if value > 0.6 else ""
-    return f'<td class="number share{dark}" style="--share:{value:.3f}">{value:.2f}</td>'
+    return f'<td class="number share{dark}" style="--share:{value:.3f}">{100 * value:.0f}</td>'
 
 
 def _edits(results: Results) -> str:
@@ -287,18 +324,15 @@ def _probe(probe: Mapping[str, Any], place: Any) -> list[Any]:
 
 
 def _made(results: Results) -> str:
+    found = {r.about["method"]: r.about for r in results.reports}
     settings = "".join(
-        f"<tr><th scope=row>{escape(r.about['method'])}, {escape(r.about['regime'])}</th>"
-        f"<td><code>{escape(json.dumps(r.about['settings'], ensure_ascii=False))}</code></td>"
-        f"<td class=number>{r.about['n']}</td><td class=number>{r.about['failed']}</td>"
-        f"<td class=number>{r.about['unasked']}</td></tr>"
-        for r in results.reports
+        f"<tr><th scope=row>{escape(method)}</th><td><code>{escape(json.dumps(about['settings'], ensure_ascii=False))}"
+        f"</code></td><td>{escape(about.get('source') or 'given')}</td></tr>"
+        for method, about in found.items()
     )
     versions = ", ".join(f"{k} {v}" for k, v in results.reports[0].about["versions"].items())
     return (
-        "<section><h2>How it was made</h2><div class=wide><table><caption>Settings of every run; an edit that could "
-        "not be made counts as 0 and has no locality</caption><thead><tr><th scope=col>run</th>"
-        "<th scope=col>settings</th>"
-        "<th scope=col>cases</th><th scope=col>failed</th><th scope=col>not asked in full</th></tr></thead>"
+        "<section><h2>How it was made</h2><div class=wide><table><caption>Settings, and where they are from</caption>"
+        "<thead><tr><th scope=col>method</th><th scope=col>settings</th><th scope=col>from</th></tr></thead>"
         f"<tbody>{settings}</tbody></table></div><p class=versions>{escape(versions)}</p></section>"
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import words
 
 if TYPE_CHECKING:
+    from .report import Report
     from .results import Results
 
 
@@ -14,7 +15,7 @@ def text(results: Results) -> str:
     """The whole document."""
     from .results import metrics_of, short
 
-    about, first = results.about, results.reports[0].about
+    first = results.reports[0].about
     names = metrics_of(results)
     lines = [
         f"# {words.title(results)}",
@@ -46,25 +47,22 @@ def text(results: Results) -> str:
             for r in results.reports
         ]
         lines += ["## By published sub-kind (forced)", "", *_table(["method", "regime", *aspects], rows), ""]
-    lines += ["## Cost", "", *_table(["method", "regime", *words.COSTS], [_cost(r.about) for r in results.reports]), ""]
-    if about["left_out"]:
-        lines += [
-            "## Without numbers",
-            "",
-            *(f"- {o['method']}, {o['regime']}: {o['error']}" for o in about["left_out"]),
-        ]
-        lines += [""]
     lines += [
-        "## Settings",
+        "## Cost",
         "",
-        *(f"- {r.about['method']}, {r.about['regime']}: `{r.about['settings']}`" for r in results.reports),
+        *_table(["method", "regime", *words.COSTS.values()], list(map(_cost, results.reports))),
+        "",
     ]
+    lines += ["Seconds are of the machine this ran on; processor seconds leave out what else it did.", ""]
+    lines += [f"- {note}" for note in words.notes(results)]
+    settings = {r.about["method"]: (r.about["settings"], r.about.get("source") or "given") for r in results.reports}
+    lines += ["", "## Settings", "", *(f"- {m}: `{found}` ({source})" for m, (found, source) in settings.items())]
     lines += ["", f"Versions: {', '.join(f'{k} {v}' for k, v in first['versions'].items())}", ""]
     return "\n".join(lines)
 
 
-def _cost(about: dict[str, Any]) -> list[str]:
-    return [about["method"], about["regime"], *words.costs(about)]
+def _cost(report: Report) -> list[str]:
+    return [report.about["method"], report.about["regime"], *(said for _, said in words.costs(report.about))]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .. import store
 from ..errors import ErrataError, UsageError
+from . import words
 
 FORMAT = 1
 
@@ -24,10 +25,11 @@ class Report:
     """A run of one method in one regime. As JSON, an object of three parts:
 
     about:
-        `format` (of the file), `method`, `settings`, `batched`, `regime` (`single`, `batch=N`, `sequential`), `batch`,
-        `evaluated` (when), `n` (cases), `failed` (cases whose edit could not be made), `unasked` (probes of which
-        something could not be asked), `seed` (of the intervals), `model` (`name`, `fingerprint`, `dtype`),
-        `new_tokens` (limit of generated answers), `metrics` (their version), `versions` (of libraries), `efficiency`
+        `format` (of the file), `method`, `settings`, `source` (where they are from, if they are the model's preset),
+        `batched`, `regime` (`single`, `batch=N`, `sequential`), `batch`, `evaluated` (when), `n` (cases), `failed`
+        (cases whose edit could not be made), `unasked` (probes of which something could not be asked), `seed` (of the
+        intervals), `model` (`name`, `fingerprint`, `dtype`), `new_tokens` (limit of generated answers), `metrics`
+        (their version), `versions` (of libraries), `efficiency`
         (seconds: `preparing`, `editing`, `processor` (of the processor, while editing), `evaluating`; `bytes` of all
         patches; what an edit took: `editing_per_edit`, `processor_per_edit`, `bytes_per_edit`, `flops_per_edit`; and
         `peak_memory`).
@@ -112,10 +114,7 @@ def _caption(about: Mapping[str, Any]) -> str:
         f"{about['n']} cases, evaluated {about['evaluated']}",
         f"{seconds['editing_per_edit']:.2f} s an edit, {seconds['evaluating']:.1f} s evaluating",
     ]
-    if about["failed"]:
-        lines.append(f"{about['failed']} edits could not be made: they count as 0, and have no locality")
-    if about["unasked"]:
-        lines.append(f"{about['unasked']} probes could not be asked in full: they are left out of the means")
+    lines += [f"{about[what]} {text}" for what, text in words.FAULTS.items() if about[what]]
     return "\n".join(lines)
 
 

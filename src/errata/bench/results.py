@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .. import store
 from ..errors import ErrataError, UsageError
+from . import words
 from .report import Report, plain
 
 FORMAT = 2
@@ -114,7 +115,7 @@ class Results:
         store.write(folder / "report.html", html.page(self))
 
     def table(self) -> Table:
-        """Methods and regimes by metric; every number under its protocol."""
+        """Methods and regimes by metric; a number stands among those of its own protocol, which every line names."""
         first = self.reports[0].about
         table = Table(
             title=f"{len({r.about['method'] for r in self.reports})} methods on {first['model']['name']}, "
@@ -123,20 +124,22 @@ class Results:
             caption_justify="left",
             box=box.SIMPLE_HEAD,
             pad_edge=False,
-            padding=(0, 1, 0, 0),
+            padding=0,
         )
         names = metrics_of(self)
-        for name in ("method", "regime", "protocol"):
+        for name in ("protocol", "method", "regime"):
             table.add_column(name, no_wrap=True)
         for name in (*names, "s/edit"):
             table.add_column(name, justify="right")
-        for report in self.reports:
-            protocols = list(dict.fromkeys(p for found in report.summary.values() for p in found))
-            for i, protocol in enumerate(protocols):
+        for protocol in protocols_of(self):
+            some = [r for r in self.reports if any(protocol in found for found in r.summary.values())]
+            for i, report in enumerate(some):
+                about = report.about
+                method = "" if i and some[i - 1].about["method"] == about["method"] else about["method"]
                 cells = [short(report.summary.get(m, {}).get(protocol)) for m in names]
-                label = ("", "") if i else (report.about["method"], report.about["regime"])
-                seconds = "" if i else f"{report.about['efficiency']['editing_per_edit']:.2f}"
-                table.add_row(*label, protocol, *cells, seconds, end_section=i == len(protocols) - 1)
+                seconds = f"{about['efficiency']['editing_per_edit']:.2f}"
+                last = i == len(some) - 1
+                table.add_row(protocol, method, about["regime"], *cells, seconds, end_section=last)
         return table
 
 
@@ -150,6 +153,11 @@ def metrics_of(results: Results, aspects: bool = False) -> list[str]:
     return [m for m in found if aspects or "/" not in m]
 
 
+def protocols_of(results: Results) -> list[str]:
+    """The protocols that any of the reports has."""
+    return list(dict.fromkeys(p for r in results.reports for found in r.summary.values() for p in found))
+
+
 def short(found: Mapping[str, Any] | None) -> str:
     """A mean and half the width of its interval, or that nothing was asked."""
     if found is None or found["mean"] is None:
@@ -159,10 +167,5 @@ def short(found: Mapping[str, Any] | None) -> str:
 
 
 def _caption(results: Results) -> str:
-    lines = ["mean over cases ± half the bootstrap 95% interval; single: asked after each edit, sequential: after all"]
-    lines += [f"no numbers for {one['method']}, {one['regime']}: {one['error']}" for one in results.about["left_out"]]
-    told = {"failed": "edits could not be made: they count as 0", "unasked": "probes could not be asked in full"}
-    for what, text in told.items():
-        some = [r.about for r in results.reports if r.about[what]]
-        lines += [f"{a['method']}, {a['regime']}: {a[what]} {text}" for a in some]
-    return "\n".join(lines)
+    how = "mean over cases ± half the bootstrap 95% interval; single: asked after each edit, sequential: after all"
+    return "\n".join([how, *words.notes(results)])

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import presets
 from ..data import Case, Probe
 from ..edit import Edit
 from ..errors import ErrataError, UsageError
@@ -496,6 +497,12 @@ def _asked(probe: Probe, before: Answer, after: Answer | None) -> dict[str, Any]
     }
 
 
+def _source(method: Method, lm: LM) -> str | None:
+    """Where the settings are from, if they are the model's preset."""
+    found = presets.source(method.name, lm)
+    return found if found and method == type(method).preset(lm) else None
+
+
 def _about(work: _Run, regime: str, rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     method, lm = work.method, work.lm
     evaluated = {"single": "after each edit", "sequential": "after all edits"}
@@ -505,6 +512,7 @@ def _about(work: _Run, regime: str, rows: Sequence[dict[str, Any]], seed: int) -
         "format": FORMAT,
         "method": method.name,
         "settings": json.loads(json.dumps(asdict(method))),
+        "source": _source(method, lm),
         "batched": method.batched,
         "regime": regime,
         "batch": work.batch,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from .results import Results
+
+T = TypeVar("T")
 
 PROTOCOLS = {
     "forced": "share of the answer's tokens that are the model's first choice, each with the right tokens before it "
@@ -27,7 +29,18 @@ MORE = {
     "judged": "share of generated answers that another model takes for right.",
 }
 """Protocols that are there only when asked for."""
-COSTS = ("seconds an edit", "seconds evaluating", "peak memory", "operations an edit")
+FAULTS = {
+    "failed": "edits could not be made: they count as 0, and have no locality",
+    "unasked": "probes could not be asked in full: they are left out of the means",
+}
+COSTS = {
+    "processor_per_edit": "processor seconds an edit",
+    "editing_per_edit": "seconds an edit",
+    "bytes_per_edit": "bytes an edit",
+    "flops_per_edit": "operations an edit",
+    "peak_memory": "peak memory",
+}
+"""What a run costs, by its name in a report's `efficiency`."""
 
 
 def title(results: Results) -> str:
@@ -56,15 +69,45 @@ def _of(regime: str, batch: int) -> str:
     return f" ({batch} at once)" if regime == "sequential" and batch > 1 else ""
 
 
-def costs(about: Mapping[str, Any]) -> list[str]:
-    """Time, memory and operations of a run, in the order of `COSTS`."""
-    found = about["efficiency"]
-    return [
-        f"{found['editing_per_edit']:.3f}",
-        f"{found['evaluating']:.1f}",
-        amount(found.get("peak_memory"), "B"),
-        amount(found.get("flops_per_edit"), "FLOP"),
-    ]
+def notes(results: Results) -> list[str]:
+    """What a reader has to know of single cells, a sentence each."""
+    lines = []
+    for (method, error), regimes in _grouped(
+        ((one["method"], one["error"]), one["regime"]) for one in results.about["left_out"]
+    ):
+        lines.append(f"no numbers for {method} ({', '.join(regimes)}): {error}")
+    for what, text in FAULTS.items():
+        lines += [
+            f"{r.about['method']}, {r.about['regime']}: {r.about[what]} {text}"
+            for r in results.reports
+            if r.about[what]
+        ]
+    name = results.about["data"]["name"]
+    found = [(r.about.get("source") or "", r.about["method"]) for r in results.reports]
+    for source, methods in _grouped(one for one in found if name and name in one[0]):
+        lines.append(f"settings of {', '.join(methods)}: {source}")
+    return lines
+
+
+def _grouped(pairs: Iterable[tuple[T, str]]) -> list[tuple[T, list[str]]]:
+    out: dict[T, dict[str, None]] = {}
+    for key, value in pairs:
+        out.setdefault(key, {})[value] = None
+    return [(key, list(values)) for key, values in out.items()]
+
+
+def costs(about: Mapping[str, Any]) -> list[tuple[float | None, str]]:
+    """What a run costs, and the same for people, in the order of `COSTS`."""
+    values = [about["efficiency"].get(name) for name in COSTS]
+    units = ("s", "s", "B", "FLOP", "B")
+    return [(v, seconds(v) if u == "s" else amount(v, u)) for v, u in zip(values, units, strict=True)]
+
+
+def seconds(value: float | None) -> str:
+    """Seconds for people."""
+    if value is None:
+        return "–"
+    return "< 0.001 s" if 0 < value < 0.001 else f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
 
 
 def amount(value: float | None, unit: str) -> str:
