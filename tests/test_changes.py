@@ -345,6 +345,12 @@ def test_the_log_tells_which_entry_answered_and_how_near(caplog: pytest.LogCaptu
     assert caplog.messages == ["it: row 0, token 1 is answered by 7, at 0.25 where the limit is 1"]
 
 
+def test_show_says_of_every_edit_whose_key_answers_for_it_and_within_what():
+    book = fold([entry(0.0, 1, owner=7), entry(1.5, 1, owner=8), entry(5.0, 2, owner=9)])
+    said = ["edit 7: within 1.5 of edit 7's key", "edit 8: within 1.5 of edit 7's key"]
+    assert book.told == [*said, "edit 9: within 1 of edit 9's key"]
+
+
 def test_a_codebook_cannot_be_scaled():
     with pytest.raises(ErrataError, match="only weight changes can be scaled"):
         entry(0.0, 1).scaled(2.0)

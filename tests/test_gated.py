@@ -126,6 +126,13 @@ def test_the_log_tells_whose_block_answered_and_how_near(caplog: pytest.LogCaptu
     assert caplog.messages == ["it: row 0, token 1 is answered by 8, at 0.25 where the limit is 1"]
 
 
+def test_show_says_of_every_edit_which_block_answers_and_within_what():
+    memory = fold([block(2.0, 1, owner=7), block(3.0, 1, owner=8), block(2.6, 2, owner=9)])
+    lost = "out of reach since a later edit shrank its cluster"
+    assert memory.told == [f"edit 7: {lost}", f"edit 8: {lost}", "edit 9: block 2, within 0.05001 of edit 9's cluster"]
+    assert memory.without(9).told[1] == "edit 8: block 1, within 1 of edit 7's cluster"
+
+
 # Side memories
 
 
@@ -179,6 +186,13 @@ def test_every_row_of_a_batch_may_have_side_memories_of_its_own():
     undo = SideMemories.attach_rows(s, rows)
     torch.testing.assert_close(s.module(x), torch.stack(wanted))
     undo()
+
+
+def test_show_says_of_every_edit_in_which_memory_it_is_and_from_what_gap_that_answers():
+    assert both(side(1.0, 0), side(5.0, 2, threshold=2.5)).told == [
+        "edit 0: memory 0, which answers what it moves by more than 1",
+        "edit 2: memory 1, which answers what it moves by more than 2.5",
+    ]
 
 
 def test_ties_trims_elects_a_sign_and_averages_those_that_agree():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import errata
 from errata import GRACE, LM, MELO, WISE, Edit, Method, Patch, sequential
 from errata.changes import SideMemories
 from errata.patch import applied_by_row
-from errata.tokens import Passage, pad_left
+from errata.tokens import Passage, follow, pad_left
 from tests import tiny
 
 EDITS = tuple(Edit(tiny.PROMPT, s, t) for s, t in [*tiny.CAPITALS.items()][:5])
@@ -125,3 +129,58 @@ def test_writing_on_leaves_the_earlier_patch_as_it_was_and_one_edit_can_be_saved
     first.save(tmp_path / "first.safetensors")
     method.edit(lm, EDITS[1:2], first)
     assert same(first, Patch.load(tmp_path / "first.safetensors"))
+
+
+# On the built-in model
+
+QUICK: dict[str, dict[str, Any]] = {
+    "grace": {"steps": 4},
+    "melo": {"steps": 4},
+    "wise": {"steps": 4, "lines": 20},
+    "serac": {},
+    "ike": {},
+    "ice": {},
+    "retrieval": {},
+    "lora": {"steps": 4},
+}
+FACTS = (Edit("The mother tongue of {} is", "Danielle Darrieux", "English"), Edit("{}, the", "Toko Yasuda", "piano"))
+ELSEWHERE = """
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
+import errata
+from tests.methods.test_memories import said
+
+lm, folder = errata.load("almanac"), Path(sys.argv[1])
+answers = {}
+for file in sorted(folder.glob("*.safetensors")):
+    answers |= {f"{file.stem}/{k}": t for k, t in said(lm, errata.Patch.load(file)).items()}
+save_file(answers, folder / "answers")
+"""
+
+
+def said(lm: LM, patch: Patch) -> dict[str, torch.Tensor]:
+    """What the model answers under a patch: its numbers, and the bytes of what it writes."""
+    texts = [e.text for e in FACTS] + [
+        "The mother tongue of Michel Rocard is",
+        "Danielle Darrieux is a native speaker of",
+    ]
+    with patch.applied(lm), torch.no_grad():
+        numbers = lm.said(lm.encode([follow(text, "English") for text in texts]))
+        written = "\n".join(lm.generate(texts, max_new_tokens=4))
+    return {"numbers": numbers, "written": torch.tensor(list(written.encode()))}
+
+
+def test_a_new_process_that_loads_a_patch_gives_the_same_answers_exactly(tmp_path: Path):
+    lm = errata.load("almanac")
+    plain, wanted = said(lm, Patch()), {}
+    for name, settings in QUICK.items():
+        method = errata.methods()[name].preset(lm, **settings)
+        *_, patch = sequential(method, lm, [[fact] for fact in FACTS])
+        patch.save(tmp_path / f"{name}.safetensors")
+        wanted |= {f"{name}/{k}": t for k, t in said(lm, patch).items()}
+        assert not torch.equal(wanted[f"{name}/numbers"], plain["numbers"]), name
+    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path)], cwd=Path(__file__).parents[2], check=True)
+    found = load_file(tmp_path / "answers")
+    assert found.keys() == wanted.keys()
+    assert [k for k in wanted if not tiny.same_bits(found[k], wanted[k])] == []

@@ -68,6 +68,11 @@ class Change(ABC):
     def without(self, edit: int) -> Self | None:
         """The change with one edit taken out; None if nothing is left."""
 
+    @property
+    def told(self) -> list[str]:
+        """What `errata show` says of every edit of a memory: when it answers."""
+        return []
+
     def renumbered(self, number: Callable[[Tensor], Tensor]) -> Self:
         """The change with its edits numbered anew."""
         return replace(self, owners=number(self.owners))

@@ -57,6 +57,14 @@ class Codebook(Change, kind="codebook"):
         """(entries,) int64: the edits that are entries; only their keys are searched."""
         return (self.entries == torch.arange(len(self.entries))).nonzero()[:, 0]
 
+    @property
+    def told(self) -> list[str]:
+        owners, radii = self.owners.tolist(), self.radii.tolist()
+        return [
+            f"edit {owners[i]}: within {radii[entry]:.4g} of edit {owners[entry]}'s key"
+            for i, entry in enumerate(self.entries.tolist())
+        ]
+
     def attach(self, site: Site) -> Undo:
         return self.attach_rows(site, [self])
 

@@ -115,6 +115,16 @@ class Blocks(Gated, kind="blocks"):
         """(clusters,) int64: the founders of the clusters that are searched."""
         return self.founders.nonzero()[:, 0]
 
+    @property
+    def told(self) -> list[str]:
+        owners, radii = self.owners.tolist(), self.radii.tolist()
+        return [
+            f"edit {owners[i]}: block {block}, within {radii[founder]:.4g} of edit {owners[founder]}'s cluster"
+            if founder >= 0
+            else f"edit {owners[i]}: out of reach since a later edit shrank its cluster"
+            for i, (block, founder) in enumerate(zip(self.block.tolist(), self.clusters.tolist(), strict=True))
+        ]
+
     @classmethod
     def working(cls, site: Site, rows: Sequence[Change | None]) -> tuple[Route, Add, Tensor]:
         device = site.module.get_parameter("weight").device
@@ -245,6 +255,14 @@ class SideMemories(Gated, kind="side-memories"):
     """(memories,) int64: how many shards were merged into each; 0 for one that is still written to."""
     replaces: Tensor
     """(memories,) int64: of how many edits, at the end of an earlier patch, this one has taken over the memories."""
+
+    @property
+    def told(self) -> list[str]:
+        limits = self.thresholds.tolist()
+        return [
+            f"edit {owner}: memory {memory}, which answers what it moves by more than {limits[memory]:.4g}"
+            for owner, memory in zip(self.owners.tolist(), self.memory.tolist(), strict=True)
+        ]
 
     @classmethod
     def working(cls, site: Site, rows: Sequence[Change | None]) -> tuple[Route, Add, Tensor]:

@@ -48,11 +48,6 @@ class Remembered(Change):
             out.append(tuple(parts))
         return out
 
-    @property
-    def told(self) -> list[str]:
-        """What `errata show` says of every edit: when it answers, and what it says then."""
-        return [" | ".join(repr(text) for text in texts) for texts in self.texts]
-
     def put(self, lm: LM, name: str) -> Undo:
         reader = self.reader(lm)
         lm.readers.append(reader)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..method import Method
     from ..patch import Patch
 
+THROUGH = "what goes through the LM"
+"""Where a change is that is of no module."""
 PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A file that `errata edit --save` wrote.")]
 
 
@@ -83,11 +85,10 @@ def edit(
 
 def show(path: PatchFile, as_json: options.Json = False) -> None:
     """Say what a patch corrects, in which model, by what method, and how large it is. No model is loaded."""
-    from ..changes import Remembered
     from ..patch import Patch
 
     patch = Patch.load(path)
-    remembering = [c for listed in patch.changes.values() for c in listed if isinstance(c, Remembered)]
+    listed = [change for there in patch.changes.values() for change in there]
     found = {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -96,7 +97,7 @@ def show(path: PatchFile, as_json: options.Json = False) -> None:
         "versions": patch.about.get("versions"),
         "edits": [e.to_dict() for e in patch.edits],
         "changes": changes(patch),
-        "remembered": [text for c in remembering for text in c.told],
+        "remembered": [text for change in listed for text in change.told],
         "carry": {name: list(t.shape) for name, t in patch.carry.items()},
     }
     shell.give(found, lambda: _shown(found), as_json)
@@ -220,7 +221,7 @@ def changes(patch: Patch) -> list[dict[str, Any]]:
     """Every change of a patch: its module, kind, extent, size, and how far it moves a weight."""
     return [
         {
-            "module": name or "what goes through the LM",
+            "module": name or THROUGH,
             "kind": change.kind,
             "extent": _extent(change),
             "norm": _norm(change),
@@ -320,7 +321,14 @@ def _shown(found: dict[str, Any]) -> list[RenderableType]:
     carry = [f"  carries {escape(n)} {' x '.join(map(str, s))} for the next edit" for n, s in found["carry"].items()]
     texts = [f"  [dim]{escape(text)}[/]" for text in found["remembered"]]
     heard = ["a call of the model itself does not see the edits: only what goes through the LM (generate, bench)"]
-    return [about, edits, where, *carry, *(heard if texts else []), *texts]
+    return [
+        about,
+        edits,
+        where,
+        *carry,
+        *(heard if any(c["module"] == THROUGH for c in found["changes"]) else []),
+        *texts,
+    ]
 
 
 def _step(step: dict[str, Any]) -> str:
