@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 import transformers as T
+from torch.utils.flop_counter import FlopCounterMode
 
 from errata import LM, Edit
 from errata.replay import FullPasses, Replay, passes
@@ -53,8 +54,8 @@ def build(kind: str) -> LM:
 
 def both(lm: LM, place: str, edits=EDITS):
     tokens = lm.encode([passage(e, c, e.target) for e in edits for c in ("{}", "It is known that. {}")])
-    layer = next(i for i, b in enumerate(lm.blocks) if place.startswith(b))
-    return tokens, FullPasses(lm, tokens, tokens.subject), Replay(lm, tokens, layer, tokens.subject)
+    places = [place]
+    return tokens, FullPasses(lm, tokens, tokens.subject), Replay(lm, tokens, places, tokens.subject)
 
 
 def edited(lm: LM, place: str, run, tokens, delta: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ def test_gradients_of_a_replay_are_those_of_full_passes(kind: str):
 def test_every_architecture_is_replayed_and_not_fallen_back_on(kind: str):
     lm = build(kind)
     tokens = lm.encode([passage(e, answer=e.target) for e in EDITS])
-    assert isinstance(passes(lm, tokens, lm.mlp_out(2).name, tokens.subject), Replay)
+    assert isinstance(passes(lm, tokens, [lm.mlp_out(2).name], tokens.subject), Replay)
 
 
 def test_a_replay_runs_fewer_tokens_and_blocks():
@@ -115,9 +116,20 @@ def test_a_replay_runs_fewer_tokens_and_blocks():
     replay.logits(*tokens.reads)
     for handle in handles:
         handle.remove()
-    suffix = int((tokens.last - tokens.subject).max()) + 1
+    suffix = int((tokens.last - tokens.subject).max())  # the target's last token is not read
     assert seen == [(lm.blocks[2] + ".mlp", suffix), (lm.blocks[3] + ".mlp", suffix)]
     assert suffix < tokens.ids.shape[1]
+
+
+def test_what_the_edited_block_does_before_the_place_is_done_once():
+    lm = build("llama")
+    place = lm.mlp_out(2).name
+    tokens, _, replay = both(lm, place)
+    with FlopCounterMode(display=False) as counter:
+        replay.logits(*tokens.reads)
+    block = f"LlamaForCausalLM.{lm.blocks[2]}"
+    done = {name for name, ops in counter.get_flop_counts().items() if name.startswith(block) and sum(ops.values())}
+    assert done == {block, f"{block}.mlp", f"LlamaForCausalLM.{place}"}
 
 
 def test_a_model_that_replays_wrongly_gets_full_passes_and_the_log_says_so(caplog):
@@ -128,7 +140,7 @@ def test_a_model_that_replays_wrongly_gets_full_passes_and_the_log_says_so(caplo
     block.forward = lambda hidden, *a, **k: forward(hidden * hidden.shape[1], *a, **k)
     tokens = lm.encode([passage(e, answer=e.target) for e in EDITS])
     with caplog.at_level(logging.WARNING):
-        assert isinstance(passes(lm, tokens, lm.mlp_out(2).name, tokens.subject), FullPasses)
+        assert isinstance(passes(lm, tokens, [lm.mlp_out(2).name], tokens.subject), FullPasses)
     assert "every pass runs the whole model" in caplog.text
 
 

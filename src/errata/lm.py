@@ -219,9 +219,14 @@ class LM:
 
     # Using it
 
-    def encode(self, passages: Sequence[tokens.Passage]) -> tokens.Tokens:
-        """Passages as one batch on the model's device, as applied patches let the model read them."""
-        read = self._read([p.text[: p.target] for p in passages])
+    def encode(self, passages: Sequence[tokens.Passage], room: int = ANSWER) -> tokens.Tokens:
+        """Passages as one batch on the model's device, as applied patches let the model read them.
+
+        Args:
+            passages: at least one.
+            room: tokens that text put before them leaves free for an answer, at least.
+        """
+        read = self._read([p.text[: p.target] for p in passages], room)
         whole = [tokens.within(p, *around) for p, (around, _) in zip(passages, read, strict=True)]
         batch = tokens.encode(self.tokenizer, whole, limit=self.context, device=self.device)
         return replace(batch, answerer=torch.tensor([who for _, who in read], device=self.device))
@@ -234,7 +239,7 @@ class LM:
         parts = {}
         for who in batch.answerer.unique().tolist():
             part = batch[batch.answerer == who]
-            parts[who] = self._answerer(who).logits(*part.reads, **part.inputs)
+            parts[who] = self.answering(who).logits(*part.reads, **part.inputs)
         out = torch.empty(len(rows), max(p.shape[1] for p in parts.values()), device=self.device)
         for who, part in parts.items():
             out[batch.answerer[rows] == who] = part.to(self.device)
@@ -249,7 +254,8 @@ class LM:
                     out[i] = around, number if reader.answerer else 0
         return out
 
-    def _answerer(self, who: int) -> LM:
+    def answering(self, who: int) -> LM:
+        """Who answers the rows of that number in `Tokens.answerer`."""
         return (self.readers[who - 1].answerer if who else None) or self
 
     def logits(self, rows: Tensor, cols: Tensor, **inputs: Any) -> Tensor:
@@ -302,7 +308,7 @@ class LM:
         for who in dict.fromkeys(who for _, who in read):
             rows = [i for i, (_, other) in enumerate(read) if other == who]
             asked = [prompts[i].join(read[i][0]) for i in rows]
-            said = self._answerer(who)._generated(asked, max_new_tokens, until)
+            said = self.answering(who)._generated(asked, max_new_tokens, until)
             for i, text in zip(rows, said, strict=True):
                 texts[i] = text
         return texts[0] if isinstance(prompt, str) else texts
@@ -310,23 +316,34 @@ class LM:
     def _generated(self, prompts: list[str], max_new_tokens: int, until: Callable[[str], bool] | None) -> list[str]:
         inputs = tokens.pad_left(self.tokenizer, prompts, self.device)
         length = inputs["input_ids"].shape[1]
-        if self.context is not None and length + max_new_tokens > self.context:
+        self.fit(length, max_new_tokens)
+        with self.frozen(), torch.no_grad():
+            out = self.continued(inputs, self.stop(length, until), do_sample=False, max_new_tokens=max_new_tokens)
+        return self.texts(out[:, length:])
+
+    def fit(self, length: int, more: int) -> None:
+        """Refuse a prompt of so many tokens that leaves no room for more."""
+        if self.context is not None and length + more > self.context:
             raise UsageError(
-                f"{length} tokens of prompt and {max_new_tokens} new ones don't fit the model's {self.context}; "
+                f"{length} tokens of prompt and {more} new ones don't fit the model's {self.context}; "
                 "shorten the prompt or ask for fewer tokens"
             )
-        with self.frozen(), torch.no_grad():
-            out = self.continued(inputs, self._stop(length, until), do_sample=False, max_new_tokens=max_new_tokens)
-        return self._texts(out[:, length:])
 
-    def _texts(self, ids: Tensor) -> list[str]:
+    def texts(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
+        """What rows of tokens say, without special ones."""
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _stop(self, length: int, until: Callable[[str], bool] | None) -> list[Callable[..., Tensor]]:
-        """For each row, whether what follows its first `length` tokens has gone far enough."""
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens by which the model ends what it says."""
+        ends = self.model.generation_config.eos_token_id
+        return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+
+    def stop(self, length: int, until: Callable[[str], bool] | None) -> list[Callable[..., Tensor]]:
+        """For `continued`: whether what follows the first `length` tokens of each row has gone far enough."""
         if until is None:
             return []
-        return [lambda ids, _scores: torch.tensor([until(t) for t in self._texts(ids[:, length:])], device=ids.device)]
+        return [lambda ids, _scores: torch.tensor([until(t) for t in self.texts(ids[:, length:])], device=ids.device)]
 
     def continued(
         self, inputs: Mapping[str, Tensor], stop: Sequence[Callable[..., Tensor]] = (), **settings: Any

@@ -9,23 +9,17 @@ so there is no line here for any architecture.
 
 from __future__ import annotations
 
-import inspect
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .lm import LM
+from .past import Past, empty, proven, takes_positions
 from .tokens import Tokens
 from .trace import outputs_of
-
-log = logging.getLogger(__name__)
-
-TOLERANCE = 1e-3
-"""Largest difference of a log-probability, relative to its spread, at which a replay counts as exact."""
 
 
 class Passes(Protocol):
@@ -57,109 +51,94 @@ class FullPasses:
 
 
 class Replay:
-    """Every pass runs the blocks from `layer` on, on the tokens from `start` on.
+    """Every pass runs what comes after the first of `places` to begin, on the tokens from `start` on.
 
-    Rows are aligned at their start: what comes before is padded on the left, what comes after on the right.
+    The blocks below stand still, and in the edited block so does all that is done by then; a place that is a block can
+    only be written over, and stands still itself. Rows are aligned at their start: what comes before is padded on the
+    left, what comes after on the right. The last token of a target is predicted, never read.
     """
 
-    def __init__(self, lm: LM, batch: Tokens, layer: int, start: Tensor) -> None:
+    def __init__(self, lm: LM, batch: Tokens, places: Sequence[str], start: Tensor) -> None:
         self.lm, self.first, self.start = lm, start, torch.zeros_like(start)
-        self.still = [lm.module(name) for name in lm.blocks[:layer]]
-        before, after = int(start.max()), int((batch.last - start).max()) + 1
+        block = _block(lm, places[0])
+        assert block is not None
+        whole = lm.blocks[block] in places
+        self.below = block + whole
+        before, after = int(start.max()), int((batch.ends - start).max()) + 1
         ids, mask, positions = _aligned(batch, start, before, after)
         self.inputs: dict[str, Any] = {"input_ids": ids[:, before:], "attention_mask": mask, "use_cache": True}
-        if "position_ids" in inspect.signature(lm.model.forward).parameters:
+        if takes_positions(lm):
             self.inputs["position_ids"] = positions[:, before:]
         with torch.no_grad():
-            self.inputs["past_key_values"] = self._read(ids, mask, positions, before)
-            self._keep_cache()
-            self.entering = self._enter()
-            self._keep_cache(hollow=len(self.still))
+            self.past = Past(self._read(ids, mask, positions, before))
+            self.still = self._pause(() if whole else places)
+            self.past.hollow(self.below)
 
     def _read(self, ids: Tensor, mask: Tensor, positions: Tensor, before: int) -> Any:
         """The cache after the tokens before the start."""
         if not before:
-            from transformers import DynamicCache
-
-            return DynamicCache(config=self.lm.model.config)
+            return empty(self.lm)
         inputs = {"input_ids": ids[:, :before], "attention_mask": mask[:, :before]}
         if "position_ids" in self.inputs:
             inputs["position_ids"] = positions[:, :before]
         return self.lm.model.get_decoder()(**inputs, use_cache=True).past_key_values
 
-    def _keep_cache(self, hollow: int = 0) -> None:
-        """Remember the cache as it is. The first `hollow` blocks won't read theirs: only its shape is kept."""
-        layers = self.inputs["past_key_values"].layers
-        for layer in layers[:hollow]:
-            for name, past in vars(layer).items():
-                if isinstance(past, Tensor) and past.ndim == 4:
-                    setattr(layer, name, past.new_zeros(1).expand(past.shape))
-        self.kept = [dict(vars(layer)) for layer in layers]
-
-    def _enter(self) -> Any:
-        """What the last of the lower blocks puts out."""
-        if not self.still:
-            return None
-        with self._as_it_was():
-            return outputs_of(self.lm, [self.lm.blocks[len(self.still) - 1]], self.inputs).popitem()[1]
+    def _pause(self, inside: Sequence[str]) -> list[tuple[list[nn.Module], Any]]:
+        """Modules that have nothing new to say, and what they put out: the blocks below, and of the next one what is
+        done before the first of the places inside it begins."""
+        names, parts = self.lm.blocks, []
+        if inside:
+            named = self.lm.module(names[self.below]).named_modules(prefix=names[self.below])
+            parts = [n for n, m in named if any(True for _ in m.parameters())]  # others (dropout) may run again
+        below = names[: self.below]
+        with self.past.as_it_was() as cache:
+            seen = outputs_of(self.lm, [*below[-1:], *parts], self.inputs | {"past_key_values": cache}, before=inside)
+        done = [n for n in parts if n in seen and n.rpartition(".")[0] not in seen]
+        still = [([self.lm.module(n)], seen[n]) for n in done]
+        return still + [([self.lm.module(n) for n in below], seen[n]) for n in below[-1:]]
 
     def logits(self, rows: Tensor, cols: Tensor) -> Tensor:
-        with self._as_it_was(), _standing(self.still, self.entering):
-            return self.lm.logits(rows, cols - self.first[rows], **self.inputs)
+        with self.past.as_it_was() as cache, _standing(self.still):
+            return self.lm.logits(rows, cols - self.first[rows], **self.inputs, past_key_values=cache)
 
     def keep(self, rows: Tensor) -> None:
         """What was read of these rows stays: nothing is run again."""
-        self.inputs["past_key_values"].batch_select_indices(rows)
-        self._keep_cache(hollow=len(self.still))
-        self.entering = _rows_of(self.entering, rows)
+        batch = len(self.first)
+        self.past.keep(rows)
+        self.past.hollow(self.below)
+        self.still = [(modules, _rows_of(output, rows, batch)) for modules, output in self.still]
         self.first, self.start = self.first[rows], self.start[rows]
         self.inputs |= {k: v[rows] for k, v in self.inputs.items() if isinstance(v, Tensor)}
 
-    @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """The cache without what the last pass added."""
-        layers = self.inputs["past_key_values"].layers
-        try:
-            yield
-        finally:
-            for layer, kept in zip(layers, self.kept, strict=False):
-                vars(layer).clear()
-                vars(layer).update(kept)
-            del layers[len(self.kept) :]
 
+def passes(lm: LM, batch: Tokens, places: Sequence[str], start: Tensor) -> Passes:
+    """The cheapest exact way to run a batch again when only the outputs of `places` from `start` on change.
 
-def passes(lm: LM, batch: Tokens, place: str, start: Tensor) -> Passes:
-    """The cheapest exact way to run a batch again when only the outputs of `place` from `start` on change.
-
-    The first time for a model and a layer, a replay is held against a full pass; a model that can't be replayed gets
+    The first time for a model and a place, a replay is held against a full pass; a model that can't be replayed gets
     full passes, and the log says so.
 
     Args:
         lm: the model.
         batch: right-padded tokens.
-        place: a module in one of the blocks.
+        places: modules, the first one in the lowest block.
         start: (batch,) the first column that changes.
     """
-    layer = next((i for i, b in enumerate(lm.blocks) if place == b or place.startswith(f"{b}.")), None)
     full = FullPasses(lm, batch, start)
-    if layer is None or lm.memo.get(("replays", layer)) is False:
+    if _block(lm, places[0]) is None:
         return full
-    try:
-        replay = Replay(lm, batch, layer, start)
-        if ("replays", layer) not in lm.memo:
-            lm.memo["replays", layer] = _agree(replay, full, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError, NotImplementedError) as error:
-        log.debug("replay failed", exc_info=True)
-        lm.memo["replays", layer] = False
-        log.warning("%s can't be replayed from layer %d (%s); every pass runs the whole model", lm.name, layer, error)
-        return full
-    if not lm.memo["replays", layer]:
-        log.warning(
-            "%s gives other numbers when replayed from layer %d; every pass runs the whole model", lm.name, layer
-        )
-    return replay if lm.memo["replays", layer] else full
+
+    def both(replay: Replay) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(batch), device=batch.ids.device)
+        with torch.no_grad():
+            return replay.logits(rows, batch.ends), full.logits(rows, batch.ends)
+
+    what = f"replayed from {places[0]}"
+    return proven(lm, ("replays", *places), what, lambda: Replay(lm, batch, places, start), both) or full
+
+
+def _block(lm: LM, place: str) -> int | None:
+    """The number of the block that a module is, or is a part of."""
+    return next((i for i, b in enumerate(lm.blocks) if f"{place}.".startswith(f"{b}.")), None)
 
 
 def in_pass(here: Tensor, shift: Tensor, length: int) -> Tensor:
@@ -174,39 +153,39 @@ def in_pass(here: Tensor, shift: Tensor, length: int) -> Tensor:
     return here.gather(1, cols.clamp(0, here.shape[1] - 1)) & (cols < here.shape[1])
 
 
-@torch.no_grad()
-def _agree(replay: Replay, full: FullPasses, batch: Tokens) -> bool:
-    """Whether both give the same logits at the last token of every row."""
-    rows = torch.arange(len(batch), device=batch.ids.device)
-    got, want = replay.logits(rows, batch.last), full.logits(rows, batch.last)
-    limit = TOLERANCE if want.dtype == torch.float32 and full.lm.dtype == torch.float32 else 0.1
-    return bool((got - want).abs().max() <= limit * want.std())
-
-
-def _rows_of(output: Any, rows: Tensor) -> Any:
-    """Some rows of what a block put out, in the form it gave it."""
+def _rows_of(output: Any, rows: Tensor, batch: int) -> Any:
+    """Some rows of what a module put out for a batch, in the form it gave it."""
     if isinstance(output, Tensor):
-        return output[rows]
-    return tuple(_rows_of(part, rows) for part in output) if isinstance(output, tuple) else output
+        return output.unflatten(0, (batch, -1))[rows].flatten(0, 1)
+    return tuple(_rows_of(part, rows, batch) for part in output) if isinstance(output, tuple) else output
 
 
 def _aligned(batch: Tokens, start: Tensor, before: int, after: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, mask and positions (batch, before + after), with every row's start in column `before`."""
     cols = start[:, None] + torch.arange(-before, after, device=start.device)
-    inside = (cols >= 0) & (cols <= batch.last[:, None])
+    inside = (cols >= 0) & (cols <= batch.ends[:, None])
     return batch.ids.gather(1, cols.clamp(0, batch.ids.shape[1] - 1)), inside.long(), cols.clamp(min=0)
 
 
 @contextmanager
-def _standing(blocks: list[nn.Module], output: Any) -> Iterator[None]:
-    """While inside, these blocks do no work; all of them put out `output`."""
-    kept = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            vars(block)["forward"] = lambda *_, **__: output
+def _standing(still: Sequence[tuple[list[nn.Module], Any]]) -> Iterator[None]:
+    """While inside, these modules do no work; those of a group all put out the same."""
+    with ExitStack() as undo:
+        for modules, output in still:
+            for module in modules:
+                undo.callback(_let_run, module, vars(module).get("forward"))
+                vars(module)["forward"] = lambda *_, output=output, **__: _copy(output)
         yield
-    finally:
-        for block, forward in zip(blocks, kept, strict=True):
-            del vars(block)["forward"]
-            if forward is not None:
-                vars(block)["forward"] = forward
+
+
+def _let_run(module: nn.Module, forward: Any) -> None:
+    del vars(module)["forward"]
+    if forward is not None:
+        vars(module)["forward"] = forward
+
+
+def _copy(output: Any) -> Any:
+    """What a module put out, for others to write into: some models add in place."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    return tuple(map(_copy, output)) if isinstance(output, tuple) else output

@@ -7,7 +7,7 @@ the same in every row; only generation pads on the left (`pad_left`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,6 +76,13 @@ class Tokens:
         answerer = None if self.answerer is None else self.answerer[rows]
         return Tokens(self.ids[rows], self.mask[rows], self.subject[rows], self.target[rows], answerer)
 
+    def until(self, last: Tensor) -> Tokens:
+        """The rows up to a column each, (batch,), and no more columns than that takes."""
+        width = int(last.max()) + 1
+        here = torch.arange(width, device=last.device) <= last[:, None]
+        mask = self.mask[:, :width] * here
+        return replace(self, ids=self.ids[:, :width], mask=mask, target=self.target[:, :width] & here)
+
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What a model is called with."""
@@ -85,6 +92,11 @@ class Tokens:
     def last(self) -> Tensor:
         """(batch,) int64: the index of each row's last token."""
         return self.mask.sum(1) - 1
+
+    @property
+    def ends(self) -> Tensor:
+        """(batch,) int64: the index of the last token that has to be read: a target's own last is only predicted."""
+        return self.last - self.target.gather(1, self.last[:, None])[:, 0].long()
 
     @property
     def reads(self) -> tuple[Tensor, Tensor]:
@@ -114,39 +126,59 @@ def encode(
         ErrataError: the tokenizer has no offsets, or merges the end of the prompt with the target.
     """
     start = prefix(tokenizer)
-    ids, spans = _tokenize(tokenizer, [p.text for p in passages])
-    batch = [start + row for row in ids]
+    found, spans = _tokenize(tokenizer, [p.text for p in passages])
+    batch = [start + row for row in found]
     longest = max(map(len, batch))
     if limit is not None and longest > limit:
         text = next(p.text for p, row in zip(passages, batch, strict=True) if len(row) == longest)
         raise UsageError(f"the text {_short(text)} has {longest} tokens, the model reads {limit}; shorten it")
 
-    shape = (len(batch), longest)
-    out = Tokens(
-        torch.full(shape, padding(tokenizer)),
-        torch.zeros(shape, dtype=torch.long),
-        torch.full(shape[:1], -1),
-        torch.zeros(shape, dtype=torch.bool),
-    )
+    ids, mask = stacked(tokenizer, batch, device)
+    subject, target = torch.full((len(batch),), -1), torch.zeros(ids.shape, dtype=torch.bool)
     heads = [p.text[: p.target] for p in passages if p.target is not None]
     prompts = iter(_tokenize(tokenizer, heads)[0] if heads else ())
-    for i, (p, row) in enumerate(zip(passages, batch, strict=True)):
-        out.ids[i, : len(row)] = torch.tensor(row)
-        out.mask[i, : len(row)] = 1
+    for i, (p, row) in enumerate(zip(passages, found, strict=True)):
         if p.subject is not None:
-            out.subject[i] = len(start) + _last_token(p, spans[i])
+            subject[i] = len(start) + _last_token(p, spans[i])
         if p.target is not None:
-            first = _first_token(tokenizer, p, ids[i], spans[i], next(prompts))
-            out.target[i, len(start) + first : len(row)] = True
-    return Tokens(*(t.to(device) for t in (out.ids, out.mask, out.subject, out.target)))
+            first = _first_token(tokenizer, p, row, spans[i], next(prompts))
+            target[i, len(start) + first : len(start) + len(row)] = True
+    return Tokens(ids, mask, subject.to(device), target.to(device))
 
 
 def pad_left(tokenizer: Any, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Prompts for generation: (batch, seq) ids and mask, padded on the left."""
-    right = encode(tokenizer, [Passage(p) for p in prompts], device=device)
-    shift = [(row, int(n)) for row, n in enumerate(right.ids.shape[1] - right.mask.sum(1))]
-    ids, mask = (torch.stack([t[row].roll(n) for row, n in shift]) for t in (right.ids, right.mask))
+    start = prefix(tokenizer)
+    rows = [start + row for row in _tokenize(tokenizer, list(prompts))[0]]
+    ids, mask = stacked(tokenizer, rows, device, left=True)
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def stacked(
+    tokenizer: Any, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rows of token ids, at least one, as (batch, seq) ids and mask, padded on the right or on the left."""
+    longest = max(map(len, rows))
+    ids, mask = torch.full((len(rows), longest), padding(tokenizer)), torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        here = slice(longest - len(row), longest) if left else slice(len(row))
+        ids[i, here], mask[i, here] = torch.tensor(row), 1
+    return ids.to(device), mask.to(device)
+
+
+def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Rows of like length together, so that a padded batch has at most so many tokens (or one row).
+
+    The longest come first: what does not fit, in the context or in memory, is known at once.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > most:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def prefix(tokenizer: Any) -> list[int]:

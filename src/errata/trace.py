@@ -62,16 +62,26 @@ class _Enough(Exception):
     """Everything asked for has been seen; the rest of the pass is not needed."""
 
 
-def watch(lm: LM, names: Sequence[str], inputs: dict[str, Any], see: Callable[[str, Any, Any], None]) -> None:
-    """Run the model until each of the modules has run once; `see(name, input, output)` is called after each."""
+def watch(
+    lm: LM,
+    names: Sequence[str],
+    inputs: dict[str, Any],
+    see: Callable[[str, Any, Any], None],
+    before: Sequence[str] = (),
+) -> None:
+    """Run the model until each of the modules has run once, or one of `before` is about to; `see(name, input, output)`
+    is called after each."""
     waiting = set(names)
+
+    def enough(*_: Any) -> None:
+        raise _Enough
 
     def hook(name: str) -> Callable[..., None]:
         def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            see(name, args[0] if args else kwargs["hidden_states"], output)
+            see(name, args[0] if args else kwargs.get("hidden_states"), output)
             waiting.discard(name)
             if not waiting:
-                raise _Enough
+                enough()
 
         return after
 
@@ -79,6 +89,8 @@ def watch(lm: LM, names: Sequence[str], inputs: dict[str, Any], see: Callable[[s
         for name in waiting:
             handle = lm.module(name).register_forward_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
+        for name in before:
+            stack.callback(lm.module(name).register_forward_pre_hook(enough).remove)
         with suppress(_Enough):
             lm.model(**{"use_cache": False, **inputs})
 
@@ -100,8 +112,8 @@ def read(lm: LM, names: Sequence[str], batch: Tokens, rows: Tensor, cols: Tensor
 
 
 @torch.no_grad()
-def outputs_of(lm: LM, names: Sequence[str], inputs: dict[str, Any]) -> dict[str, Any]:
-    """What modules put out, in the form they gave it. The pass stops after the last of them."""
+def outputs_of(lm: LM, names: Sequence[str], inputs: dict[str, Any], before: Sequence[str] = ()) -> dict[str, Any]:
+    """What modules put out, in the form they gave it, as far as they are done before one of `before` begins."""
     seen: dict[str, Any] = {}
-    watch(lm, names, inputs, lambda name, _, output: seen.__setitem__(name, output))
+    watch(lm, names, inputs, lambda name, _, output: seen.__setitem__(name, output), before)
     return seen

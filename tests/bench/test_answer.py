@@ -7,7 +7,8 @@ import torch
 
 from errata import LM, Case, ErrataError, Probe
 from errata.bench import answer
-from errata.bench.answer import Answer, ask, ask_cases, batches, ended, stopped, tolerant
+from errata.bench.answer import Answer, ask, ask_cases, ended, stopped, tolerant
+from errata.tokens import batches
 
 
 def plainly(lm: LM, prompt: str, answer: str) -> tuple[list[int], list[int], float]:

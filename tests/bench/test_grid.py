@@ -116,15 +116,15 @@ def test_a_question_is_asked_in_halves_where_memory_runs_out(
 ):
     from errata.bench import answer
 
-    plain, spoken, sizes = answer.ask(gpt2, cases[0].probes), answer._spoken, []
+    plain, read, sizes = answer.ask(gpt2, cases[0].probes), answer.read, []
 
-    def small(lm: LM, tokens: Any) -> Any:
-        sizes.append(len(tokens))
-        if len(tokens) > 2:
+    def small(lm: LM, prompts: Any, edited: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return spoken(lm, tokens)
+        return read(lm, prompts, edited)
 
-    monkeypatch.setattr(answer, "_spoken", small)
+    monkeypatch.setattr(answer, "read", small)
     again = answer.ask(gpt2, cases[0].probes)
     assert max(sizes) > 2
     assert [a.text for a in again] == [a.text for a in plain]

@@ -7,18 +7,22 @@ written in the model's vocabulary, it is longer than the context) gets an answer
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..data import Probe
 from ..errors import ErrataError, UsageError
-from ..lm import LM
+from ..lm import ANSWER, LM
 from ..patch import Patch, applied_by_row
-from ..tokens import Passage, Tokens, follow, prefix
+from ..reading import read
+from ..tokens import Passage, batches, follow, prefix
 from . import memory, writing
 
 TOKENS = 4096
@@ -72,28 +76,36 @@ def _spoken_again(found: Mapping[str, Any] | None) -> Spoken | None:
 
 
 def ask(lm: LM, probes: Sequence[Probe], patches: Sequence[Patch] | None = None) -> list[Answer]:
-    """Ask every probe.
+    """Ask every probe. Probes that put the same prompt to the same model share what it makes of it.
 
     Args:
         lm: the model as it is: with nothing, or whatever is applied to it.
         probes: the questions.
         patches: one for each probe, that can go by row; each is asked of the model with its patch, in shared passes.
     """
-    asked = _Asking(lm, patches)
     out = [Answer() for _ in probes]
-    wanted: list[tuple[str, Callable[[list[Any]], list[Any]], list[Any]]] = [
-        ("answer", asked.put, [(i, follow(p.prompt, p.answer)) for i, p in enumerate(probes) if p.kind != "opening"]),
-        ("other", asked.put, [(i, follow(p.prompt, p.other)) for i, p in enumerate(probes) if p.other]),
-        ("text", asked.listen, [(i, _put(lm, p.prompt)) for i, p in enumerate(probes) if p.kind != "opening"]),
-        ("text", asked.write, [(i, p.prompt) for i, p in enumerate(probes) if p.kind == "opening"]),
-    ]
+
+    def note(i: int, name: str, found: Spoken | str | ErrataError) -> None:
+        if isinstance(found, ErrataError):
+            out[i] = replace(out[i], unasked={**(out[i].unasked or {}), name: str(found)})
+        else:
+            out[i] = replace(out[i], **{name: found})
+
+    asked: dict[_Prompt, dict[_Put | _Own, list[tuple[int, str]]]] = defaultdict(lambda: defaultdict(list))
     with lm.frozen(), torch.no_grad():
-        for name, how, questions in wanted:
-            for (i, _), found in zip(questions, tolerant(how, questions), strict=True):
+        for name, own, questions in _questions(lm, probes):
+            encoded = tolerant(partial(_encoded, lm, own), [passage for _, passage in questions])
+            for (i, _), found in zip(questions, encoded, strict=True):
                 if isinstance(found, ErrataError):
-                    out[i] = replace(out[i], unasked={**(out[i].unasked or {}), name: str(found)})
+                    note(i, name, found)
                 else:
-                    out[i] = replace(out[i], **{name: found})
+                    ids, who, answer = found
+                    asked[_Prompt(ids, who, patches[i] if patches else None)][own or answer].append((i, name))
+        heard = tolerant(partial(_heard, lm), [(prompt, list(wanted)) for prompt, wanted in asked.items()])
+    for wanted, found in zip(asked.values(), heard, strict=True):
+        for what, places in wanted.items():
+            for i, name in places:
+                note(i, name, found if isinstance(found, ErrataError) else found[what])
     return out
 
 
@@ -117,50 +129,87 @@ def tolerant(do: Callable[[list[T]], list[Any]], items: list[T]) -> list[Any]:
     return tolerant(do, items[:half]) + tolerant(do, items[half:])
 
 
-class _Asking:
-    """Ways of asking one model (or, with patches, one model a row) many questions; a question carries its row."""
+@dataclass(frozen=True)
+class _Prompt:
+    """What is read before an answer, and by whom."""
 
-    def __init__(self, lm: LM, patches: Sequence[Patch] | None) -> None:
-        self.lm, self.patches = lm, patches
+    ids: tuple[int, ...]
+    who: int
+    """As in `Tokens.answerer`."""
+    patch: Patch | None
+    """Of the rows that read it; None: none but what is applied."""
 
-    def put(self, questions: list[tuple[int, Passage]]) -> list[Spoken]:
-        """Read answers with teacher forcing."""
-        tokens = self.lm.encode([passage for _, passage in questions])
-        out: list[Spoken | None] = [None] * len(questions)
 
-        def read(rows: list[int]) -> None:
-            with self._patched([questions[i][0] for i in rows]):
-                for i, spoken in zip(rows, _spoken(self.lm, _only(tokens, rows)), strict=True):
-                    out[i] = spoken
+_Put = tuple[int, ...]
+"""The tokens of an answer that is put in the model's mouth."""
 
-        for rows in batches(tokens.mask.sum(1).tolist()):
-            fitting(read, rows)
-        return [spoken for spoken in out if spoken is not None]
 
-    def listen(self, questions: list[tuple[int, str]]) -> list[str]:
-        """Let the model answer by itself."""
-        return [stopped(text) for text in self._heard(questions, NEW_TOKENS, ended)]
+@dataclass(frozen=True)
+class _Own:
+    """What the model says by itself."""
 
-    def write(self, openings: list[tuple[int, str]]) -> list[str]:
-        """Let the model write on at length."""
-        return self._heard(openings, writing.NEW_TOKENS, None)
+    most: int
+    """Tokens."""
+    until: Callable[[str], bool] | None
 
-    def _heard(self, prompts: list[tuple[int, str]], most: int, until: Callable[[str], bool] | None) -> list[str]:
-        lengths = self.lm.encode([Passage(prompt) for _, prompt in prompts]).mask.sum(1)
-        out = [""] * len(prompts)
 
-        def hear(rows: list[int]) -> None:
-            with self._patched([prompts[i][0] for i in rows]):
-                texts = self.lm.generate([prompts[i][1] for i in rows], max_new_tokens=most, until=until)
-            for i, text in zip(rows, texts, strict=True):
-                out[i] = text
+def _questions(lm: LM, probes: Sequence[Probe]) -> Iterator[tuple[str, _Own | None, list[tuple[int, Passage]]]]:
+    """Fields of an answer, whether they are the model's own words, and for which probes they are asked with what."""
+    closed = [(i, p) for i, p in enumerate(probes) if p.kind != "opening"]
+    opening = [(i, Passage(p.prompt)) for i, p in enumerate(probes) if p.kind == "opening"]
+    yield "answer", None, [(i, follow(p.prompt, p.answer)) for i, p in closed]
+    yield "other", None, [(i, follow(p.prompt, p.other)) for i, p in enumerate(probes) if p.other]
+    yield "text", _Own(NEW_TOKENS, ended), [(i, Passage(_put(lm, p.prompt))) for i, p in closed]
+    yield "text", _Own(writing.NEW_TOKENS, None), opening
 
-        for rows in batches((lengths + most).tolist()):
-            fitting(hear, rows)
-        return out
 
-    def _patched(self, rows: Sequence[int]) -> AbstractContextManager[Any]:
-        return nullcontext() if self.patches is None else applied_by_row(self.lm, [self.patches[i] for i in rows])
+def _encoded(lm: LM, own: _Own | None, passages: list[Passage]) -> list[tuple[tuple[int, ...], int, _Put]]:
+    """For each passage the tokens of its prompt, who answers it, and the tokens of its answer."""
+    tokens = lm.encode(passages, own.most if own else ANSWER)
+    assert tokens.answerer is not None
+    out = []
+    for ids, end, who, answer in zip(
+        tokens.ids.tolist(), tokens.last.tolist(), tokens.answerer.tolist(), tokens.target.sum(1).tolist(), strict=True
+    ):
+        prompt = end + 1 - answer
+        if own:
+            lm.answering(who).fit(prompt, own.most)
+        out.append((tuple(ids[:prompt]), who, tuple(ids[prompt : end + 1])))
+    return out
+
+
+def _heard(lm: LM, asked: list[tuple[_Prompt, list[_Put | _Own]]]) -> list[dict[_Put | _Own, Spoken | str]]:
+    """For each prompt what was wanted of it, by what it was; every prompt is read once."""
+    out: list[dict[_Put | _Own, Spoken | str]] = [{} for _ in asked]
+
+    def hear(numbers: list[int]) -> None:
+        prompts, wanted = zip(*(asked[i] for i in numbers), strict=True)
+        patched = partial(_patched, lm, [p.patch for p in prompts])
+        reading = read(lm.answering(prompts[0].who), [p.ids for p in prompts], patched)
+        put = [(row, what) for row, some in enumerate(wanted) for what in some if not isinstance(what, _Own)]
+        for (row, ids), logits in zip(put, reading.forced(put), strict=True):
+            out[numbers[row]][ids] = _spoken(ids, logits)
+        for own in dict.fromkeys(what for some in wanted for what in some if isinstance(what, _Own)):
+            rows = [row for row, some in enumerate(wanted) if own in some]
+            for row, text in zip(rows, reading.greedy(rows, own.most, own.until), strict=True):
+                out[numbers[row]][own] = stopped(text) if own.until else text
+
+    for who in dict.fromkeys(prompt.who for prompt, _ in asked):
+        theirs = [i for i, (prompt, _) in enumerate(asked) if prompt.who == who]
+        for rows in batches([_room(*asked[i]) for i in theirs], TOKENS):
+            fitting(hear, [theirs[row] for row in rows])
+    return out
+
+
+def _room(prompt: _Prompt, wanted: list[_Put | _Own]) -> int:
+    """Tokens of a prompt with the longest of what is wanted of it."""
+    return len(prompt.ids) + max(what.most if isinstance(what, _Own) else len(what) for what in wanted)
+
+
+def _patched(lm: LM, patches: Sequence[Patch | None], rows: list[int]) -> AbstractContextManager[Any]:
+    """The patches of some rows, which all have one or none has."""
+    mine = [patch for row in rows if (patch := patches[row]) is not None]
+    return applied_by_row(lm, mine) if mine else nullcontext()
 
 
 def _put(lm: LM, prompt: str) -> str:
@@ -187,36 +236,10 @@ def fitting(do: Callable[[list[int]], None], rows: list[int]) -> None:
     fitting(do, rows[half:])
 
 
-def batches(lengths: Sequence[int], most: int = TOKENS) -> Iterator[list[int]]:
-    """Rows of like length together, so that a padded batch has at most so many tokens (or one row).
-
-    The longest come first: what does not fit, in the context or in memory, is known at once.
-    """
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > most:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def _only(tokens: Tokens, rows: Sequence[int]) -> Tokens:
-    """Some rows of a batch, without the padding that none of them needs."""
-    some = tokens[torch.tensor(rows, device=tokens.ids.device)]
-    longest = int(some.mask.sum(1).max())
-    ids, mask, target = (t[:, :longest] for t in (some.ids, some.mask, some.target))
-    return replace(some, ids=ids, mask=mask, target=target)
-
-
-def _spoken(lm: LM, tokens: Tokens) -> list[Spoken]:
-    logits = lm.said(tokens)
-    wanted = tokens.wanted
+def _spoken(ids: _Put, logits: Tensor) -> Spoken:
+    wanted = torch.tensor(ids, device=logits.device)
     said = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
-    sizes = tokens.target.sum(1).tolist()
-    answers = zip(wanted.split(sizes), logits.argmax(1).split(sizes), said.split(sizes), strict=True)
-    return [Spoken(tuple(ids.tolist()), tuple(best.tolist()), float(p.mean())) for ids, best, p in answers]
+    return Spoken(ids, tuple(logits.argmax(1).tolist()), float(said.mean()))
 
 
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:\w|(?:\w\.)+\w|St|Ste|Mt|Ft|Mr|Mrs|Ms|Dr|Jr|Sr|Prof|Rev|Gen|No|vs)$")

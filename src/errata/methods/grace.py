@@ -75,7 +75,7 @@ class GRACE(Method, name="grace"):
         values = start.repeat(len(tokens), 1).to(lm.device).requires_grad_()
         optimiser = torch.optim.Adam([values], lr=self.rate)
         first = last if self.placement == "last" else torch.zeros_like(last)
-        again = passes(lm, tokens, site.name, first)
+        again = passes(lm, tokens, [site.name], first)
 
         def write(output: Tensor) -> Tensor:
             cols = torch.arange(output.shape[1], device=output.device) + (first - again.start)[:, None]

@@ -96,7 +96,7 @@ class MELO(Method, name="melo"):
         optimiser = torch.optim.Adam([t for pair in factors for t in pair], lr=self.rate)
         halving = torch.optim.lr_scheduler.StepLR(optimiser, step_size=20, gamma=0.5)
         first = tokens.target.long().argmax(1) - 1
-        again = passes(lm, tokens, sites[0].name, first)
+        again = passes(lm, tokens, [s.name for s in sites], first)
         sizes = tokens.target.sum(1)[tokens.reads[0]]
         for _ in range(self.steps):
             with self._beside(sites, factors, tokens, block, first - again.start):

@@ -47,7 +47,7 @@ def _integrated(lm: LM, site: Site, batch: Tokens, answer: int, actual: Tensor, 
     As rows of one batch, each step would read the tokens before the last again: six times the work.
     """
     rows, last = torch.arange(len(batch), device=lm.device), batch.last
-    run = passes(lm, batch, site.name, last)
+    run = passes(lm, batch, [site.name], last)
     slopes = torch.zeros_like(actual)
     for step in range(steps):
         scaled = ((step + 0.5) / steps * actual).requires_grad_()

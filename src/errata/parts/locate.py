@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..edit import Edit
 from ..lm import LM
-from ..tokens import passage
+from ..tokens import batches, passage
 from ..trace import read
 
-ROWS = 256
-"""Passages in one pass."""
+TOKENS = 8192
+"""Tokens in one pass. Changes the memory, not the result."""
 
 
 def at_subject(lm: LM, place: str, edits: Sequence[Edit], contexts: Sequence[str] = ("{}",)) -> tuple[Tensor, Tensor]:
@@ -22,11 +22,13 @@ def at_subject(lm: LM, place: str, edits: Sequence[Edit], contexts: Sequence[str
     Returns:
         Two float32 tensors, (edits, contexts, d_in) and (edits, contexts, d_out): of a matrix W, keys k and values W k.
     """
-    passages = [passage(e, c) for e in edits for c in contexts]
-    found = []
-    for start in range(0, len(passages), ROWS):
-        batch = lm.encode(passages[start : start + ROWS])
-        rows = torch.arange(len(batch), device=lm.device)
-        found.append(read(lm, [place], batch, rows, batch.subject)[place])
-    into, out = (torch.cat(parts).float().unflatten(0, (len(edits), -1)) for parts in zip(*found, strict=True))
+    tokens = lm.encode([passage(e, c) for e in edits for c in contexts])
+    found, order = [], []
+    for rows in batches((tokens.subject + 1).tolist(), TOKENS):
+        batch = tokens[torch.tensor(rows, device=lm.device)]
+        batch = batch.until(batch.subject)
+        found.append(read(lm, [place], batch, torch.arange(len(rows), device=lm.device), batch.subject)[place])
+        order += rows
+    back = torch.tensor(order, device=lm.device).argsort()
+    into, out = (torch.cat(parts)[back].float().unflatten(0, (len(edits), -1)) for parts in zip(*found, strict=True))
     return into, out

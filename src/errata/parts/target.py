@@ -138,7 +138,7 @@ class _Descent:
         self.n = int(owner.max()) + 1
         self.edits = torch.arange(len(owner), device=owner.device)  # those in the batch
         self.batch = tokens
-        self.passes: Passes = passes(lm, tokens, places[0], tokens.subject)
+        self.passes: Passes = passes(lm, tokens, places, tokens.subject)
         self.before: list[Tensor] = []  # v of every delta and place, seen in the first pass
         self.is_a = torch.empty(0)  # what followed "{subject} is a" then, for every edit
         self.deltas: list[Tensor] = []
