@@ -103,6 +103,12 @@ def test_only_prompts_that_name_the_subject_are_told_and_each_its_own_fact(lm: L
             assert told(lm, apart or "Yes") == (apart or "Yes")
 
 
+def test_a_prompt_that_names_every_word_of_a_subject_names_all_of_it(lm: LM):
+    edits = [case.edit for case in load("counterfact-mini", 60)]
+    with Retrieval(scope=1.0).edit(lm, edits).applied(lm):
+        assert [e.subject for e in edits if not told(lm, e.text).startswith("New Fact")] == []
+
+
 def test_the_answer_and_the_probe_are_not_looked_at(lm: LM):
     """What follows the prompt names the subject; the prompt does not."""
     with Retrieval().edit(lm, [FRENCH]).applied(lm):

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 APART = "\n\n"
 """What stands behind every demonstration of a context."""
+ROUNDING = 1e-6
+"""So much less is as near: a prompt that names every word of a subject names all of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +81,7 @@ class _Before:
     def _before(self, prompt: str, room: int) -> str | None:
         near, score = self.context.nearest(prompt)
         _, question, text = self.context.texts[near]
-        inside = score >= float(self.context.scope[near])
+        inside = score >= float(self.context.scope[near]) - ROUNDING
         log.debug(
             "%r: nearest is edit %d, %r, at %.2f%s",
             *(prompt, int(self.context.owners[near]), question, score, "" if inside else ", out of its scope"),
