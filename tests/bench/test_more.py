@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from errata import FTM, LM, Case, ErrataError, Patch, UsageError
+import errata
+from errata import FTM, ICE, LM, Case, ErrataError, Patch, UsageError
 from errata.bench import Plan, ability, answer, run, run_grid, writing
 from errata.bench.ability import Ability
 from errata.bench.journal import Journal
@@ -144,19 +145,61 @@ def test_a_text_that_is_not_there_and_a_harness_that_is_not_installed_are_said(
         Ability.of(tmp_path / "empty.txt")
 
 
-def test_tasks_are_asked_of_the_edited_model(gpt2: LM, cases: list[Case], monkeypatch: pytest.MonkeyPatch):
-    patch, seen = FTM(**FT).edit(gpt2, [cases[0].edit]), {}
+@pytest.fixture
+def harness(gpt2: LM, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """In place of lm-evaluation-harness; what it was asked. Its answer has the form that version 0.4.13 gives."""
+    seen: dict[str, Any] = {}
 
     def simple_evaluate(model: Any, tasks: list[str]) -> Any:
         seen.update(patched=gpt2.patched, model=model.pretrained, tasks=tasks)
-        return {"results": {"quiz": {"acc": 0.5, "alias": "quiz"}}}
+        values = {"alias": "quiz", "sample_len": 3, "acc,none": 0.5, "acc,strict": 0.25, "acc_stderr,none": "N/A"}
+        return {"results": {"quiz": values}}
 
     huggingface = SimpleNamespace(HFLM=lambda pretrained, tokenizer: SimpleNamespace(pretrained=pretrained))
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
     monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", huggingface)
-    assert Ability.of(None, ["quiz"]).measure(gpt2, patch) == {"quiz, acc": 0.5}
-    assert seen == {"patched": 1, "model": gpt2.model, "tasks": ["quiz"]}
+    return seen
+
+
+def test_tasks_are_asked_of_the_edited_model(gpt2: LM, cases: list[Case], harness: dict[str, Any]):
+    patch = FTM(**FT).edit(gpt2, [cases[0].edit])
+    assert Ability.of(None, ["quiz"]).measure(gpt2, patch) == {"quiz, acc": 0.5, "quiz, acc,strict": 0.25}
+    assert harness == {"patched": 1, "model": gpt2.model, "tasks": ["quiz"]}
+
+
+def test_a_patch_that_the_harness_would_not_see_has_no_tasks(
+    gpt2: LM, cases: list[Case], harness: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
+    patch = ICE().edit(gpt2, [cases[0].edit])
+    assert Ability.of(None, ["quiz"]).measure(gpt2, patch) == {}
+    assert harness == {}
+    assert "tasks are not asked" in caplog.text
+
+
+def test_the_harness_itself_sees_the_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    lm = errata.load("almanac")
+    asked = ["The mother tongue of Danielle Darrieux is", "The native language of Raymond Barre is"]
+    rows = [{"question": asked[0], "answer": 1}, {"question": asked[1], "answer": 0}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({**r, "choices": ["French", "English"]}) for r in rows))
+    task = {
+        "task": "tongues",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(tmp_path / "rows.jsonl")},
+        "test_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tongues.yaml").write_text(json.dumps(task))  # which is YAML, too
+    patch = errata.ROME.preset(lm).edit(lm, [errata.Edit(asked[0], "Danielle Darrieux", "English")])
+    ability = Ability.of(None, [str(tmp_path / "tongues.yaml")])
+    assert [ability.measure(lm, p)["tongues, acc"] for p in (Patch(), patch)] == [0.5, 1.0]
 
 
 # Chat

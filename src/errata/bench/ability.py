@@ -1,11 +1,13 @@
 """What a model can still do beside the edits: perplexity and KL to the unedited model on held-out text, and tasks.
 
 The text is read in pieces of `WORDS` words, each by itself; the first word of a piece is not scored. Tasks are those of
-lm-evaluation-harness, where it is installed, on the edited model as it stands in memory.
+lm-evaluation-harness (by name, or a task's YAML file), where it is installed; they are asked of the edited model as it
+stands in memory.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from ..errors import UsageError
 from ..lm import LM
 from ..patch import Patch
 from ..tokens import Passage
+
+log = logging.getLogger(__name__)
 
 WORDS = 40
 PIECES = 64
@@ -100,13 +104,17 @@ def _harness() -> Any:
 
 
 def _evaluated(lm: LM, tasks: Sequence[str]) -> dict[str, Any]:
+    """Each task's metrics: `task, metric`, with the harness's filter where it has one."""
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
+    if lm.readers:
+        log.warning("tasks are not asked: the harness sees the model's weights, and this patch acts beside them")
+        return {}
     model = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer)
     found = _harness().simple_evaluate(model=model, tasks=list(tasks))["results"]
     return {
-        f"{task}, {name}": float(value)
+        f"{Path(task).stem}, {name.removesuffix(',none')}": float(value)
         for task, values in found.items()
         for name, value in values.items()
-        if isinstance(value, int | float)
+        if "," in name and isinstance(value, int | float)  # what has no filter (sample_len) is no metric
     }
