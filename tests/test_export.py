@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import errata
@@ -205,6 +206,19 @@ def test_a_folder_is_written_whole_or_not_at_all(how, tmp_path: Path, monkeypatc
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_disk_that_is_full_is_told_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As safetensors says it, with an error of its own."""
+    lm = tiny.lm("llama")
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(lm.model), "save_pretrained", full)
+    with pytest.raises(ErrataError, match=r"out' can't be written: .*No space left on device.*; nothing was left"):
+        export.merge(patch_of(lm, {0: 1}), lm, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_patch_for_another_model_and_a_patched_model_are_refused(fixed: Patch, almanac: LM, tmp_path: Path):
     with pytest.raises(ErrataError, match="was made for almanac"):
         export.merge(fixed, tiny.lm("llama"), tmp_path / "out")
@@ -239,6 +253,10 @@ def test_merging_into_a_tied_weight_does_not_change_the_other_and_says_so(tmp_pa
     delta = 0.1 * torch.randn(*site.shape)
     patch = Patch({"lm_head": (Dense(torch.zeros(1, dtype=torch.long), delta),)}, (tiny.EDITS[0],))
     before = tiny.state(lm.model)
+    ids = torch.tensor([[3, 5, 7]])
+    with patch.applied(lm):
+        applied = lm.model(ids).logits
+        assert tiny.same_bits(lm.model.transformer.wte.weight, before["numbers"]["transformer.wte.weight"])
     with pytest.warns(UserWarning, match="one tensor with transformer.wte.weight; only the former is corrected"):
         export.merge(patch, lm, tmp_path / "m")
     assert tiny.differences(before, tiny.state(lm.model)) == []
@@ -247,6 +265,8 @@ def test_merging_into_a_tied_weight_does_not_change_the_other_and_says_so(tmp_pa
     base = lm.model.transformer.wte.weight
     assert tiny.same_bits(again.transformer.wte.weight, base)
     assert tiny.same_bits(again.lm_head.weight, base + delta)
+    assert torch.equal(again(ids).logits, applied)  # what is exported is what was applied
+    assert lm.model.lm_head.weight is base
     assert not again.config.tie_word_embeddings
 
 

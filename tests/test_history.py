@@ -52,6 +52,27 @@ def test_what_was_added_is_carried_in_order_and_read_again(folder: Path):
     assert not (folder / LOCK).exists()
 
 
+def test_a_disk_that_is_full_leaves_nothing_of_what_was_to_be_added(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path, content: str) -> None:
+        raise ErrataError("no space")
+
+    with monkeypatch.context() as m, pytest.raises(ErrataError):
+        m.setattr("errata.store.write", full)
+        History(folder).add(patch_of(FRANCE), "a")
+    assert not folder.exists()
+    with monkeypatch.context() as m, pytest.raises(ErrataError):
+        m.setattr(
+            "errata.history.store.write", lambda path, _: full(path, "") if path.name == MANIFEST else path.touch()
+        )
+        History(folder).add(patch_of(FRANCE), "a")
+    assert not folder.exists()
+    History(folder).add(patch_of(FRANCE), "a")
+    with monkeypatch.context() as m, pytest.raises(ErrataError):
+        m.setattr("errata.store.write", full)
+        History(folder).add(patch_of(KENYA, key=3), "b")
+    assert {f.name for f in folder.iterdir()} == {MANIFEST, "a.safetensors"}
+
+
 def test_the_same_question_with_another_answer_is_refused_unless_anyway(folder: Path):
     history = History(folder)
     history.add(patch_of(FRANCE), "a")

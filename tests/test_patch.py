@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from errata import LM, Edit, ErrataError, Patch, UsageError
+from errata import LM, Edit, ErrataError, Patch, UsageError, store
 from errata.changes import Codebook, Dense, LowRank
 from errata.patch import added, applied_by_row
 from tests import tiny
@@ -179,11 +179,16 @@ def test_patches_apply_outside_the_main_thread(lm: LM):
     assert seen == [1]
 
 
-def test_tied_weights_can_be_patched(lm: LM):
-    """Pitfall 15."""
-    assert lm.model.lm_head.weight is lm.model.transformer.wte.weight
-    with Patch({"lm_head": (change(lm, "lm_head", LowRank, 0),)}).applied(lm):
-        assert lm.model.lm_head.weight is lm.model.transformer.wte.weight
+def test_a_weight_that_is_tied_to_another_is_patched_alone(lm: LM):
+    """Pitfall 15; and methods learn a change of the head with the embeddings as they are."""
+    head, embeddings = lm.model.lm_head, lm.model.transformer.wte
+    assert head.weight is embeddings.weight
+    kept = embeddings.weight.detach().clone()
+    made = change(lm, "lm_head", LowRank, 0)
+    with Patch({"lm_head": (made,)}).applied(lm):
+        assert tiny.same_bits(embeddings.weight, kept)
+        assert tiny.same_bits(head.weight, kept + made.delta)
+    assert head.weight is embeddings.weight
 
 
 def test_the_fingerprint_is_the_base_models_also_when_first_asked_for_inside():
@@ -447,6 +452,29 @@ except Exception as error:
     assert "File too large; nothing was changed" in done.stdout
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_device_or_a_pipe_is_written_to_and_never_replaced(lm: LM, tmp_path: Path):
+    """A file renamed over /dev/stdout would destroy it."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link"):
+        store.write(path, b"whole")
+        assert os.read(reader, 100) == b"whole"
+        assert path.is_fifo()
+    os.close(reader)
+
+
+def test_a_link_stays_one(tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    kept, link = tmp_path / "there" / "kept", tmp_path / "link"
+    kept.write_bytes(b"old")
+    link.symlink_to(kept)
+    store.write(link, b"new")
+    assert link.is_symlink()
+    assert kept.read_bytes() == b"new"
 
 
 def test_a_folder_that_is_not_there_is_said(lm: LM, tmp_path: Path):

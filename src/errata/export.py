@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -286,6 +287,9 @@ def _whole(folder: str | Path) -> Iterator[Path]:
         for file in place.iterdir():
             file.chmod(0o666 & ~store._umask())
         os.replace(place, folder)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ErrataError(f"{str(folder)!r} can't be written: {why or error}; nothing was left") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

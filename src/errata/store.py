@@ -31,6 +31,8 @@ T = TypeVar("T")
 def write(path: str | Path, content: bytes | str) -> None:
     """Write a file whole or not at all: to a temporary name beside it, then renamed.
 
+    A device or a pipe (`/dev/stdout`) is written to as it is, and a link stays one.
+
     Raises:
         ErrataError: the file can't be written (no such folder, no room, no permission).
     """
@@ -38,13 +40,16 @@ def write(path: str | Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.replace(temporary, path.resolve())
     except OSError as error:
         raise ErrataError(f"{str(path)!r} can't be written: {error.strerror or error}; nothing was changed") from error
     finally:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ErrataError
 from ..lm import Site
@@ -118,12 +120,12 @@ def _factors(shape: tuple[int, int], rank: int) -> tuple[tuple[int, int], tuple[
 
 @torch.no_grad()
 def _add(site: Site, delta: Callable[[Tensor], Tensor]) -> Undo:
-    """Add to a weight, rounding once; undo copies the kept weight back, because subtracting would lose bits."""
-    kept = site.weight.detach().clone()
+    """Put the sum, rounded once, in the weight's place; undo puts the weight itself back.
 
-    def undo() -> None:
-        with torch.no_grad():
-            site.weight.copy_(kept)
-
-    site.weight.copy_(site.weight.float() + delta(site.weight))
-    return undo
+    The weight is not written, so another module that it is tied to (a head's to the embeddings) keeps it as it is.
+    """
+    kept = site.module.get_parameter("weight")
+    whole = (site.weight.float() + delta(site.weight)).to(kept.dtype)
+    stored = whole.T.contiguous() if isinstance(site.module, Conv1D) else whole
+    site.module.weight = nn.Parameter(stored, kept.requires_grad)
+    return partial(setattr, site.module, "weight", kept)

@@ -102,7 +102,8 @@ def check_writable(path: Path | None) -> None:
     if path.is_dir():
         raise UsageError(f"{str(path)!r} is a folder; give the name of a file")
     try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
+        device = path.exists() and not path.is_file()
+        with path.open("wb") if device else tempfile.TemporaryFile(dir=path.resolve().parent):
             pass
     except OSError as error:
         why = error.strerror or error
