@@ -13,6 +13,7 @@ from typing import Any
 
 import errata
 from errata import presets
+from errata.bench import words
 from errata.cli import settings
 from errata.method import Method
 
@@ -74,21 +75,33 @@ def options(method: type[Method]) -> str:
 
 def measured(method: type[Method]) -> str:
     """What it did to almanac."""
-    found = _figures().get(method.name)
+    found = _figures().get("methods", {}).get(method.name)
     if found is None:
         return f"Not measured yet: `errata bench --method {method.name}` does it."
-    about = found["about"]
+    found = {regime: found[regime] for regime in REGIMES if regime in found}
     rows = [
-        (metric if i == 0 else "", f"`{protocol}`", f"{v['mean']:.3f}", f"{v['low']:.3f} to {v['high']:.3f}", v["n"])
-        for metric, protocols in found["summary"].items()
-        for i, (protocol, v) in enumerate((p, v) for p, v in protocols.items() if v["mean"] is not None)
+        (regime if i == 0 else "", f"`{protocol}`", *(_mean(one["summary"][m][protocol]) for m in METRICS))
+        for regime, one in found.items()
+        for i, protocol in enumerate(PROTOCOLS)
     ]
+    costs = [(regime, *(said for _, said in words.costs(one))) for regime, one in found.items()]
     return (
-        f"The first {about['n']} cases of counterfact-mini, {about['regime']} regime, evaluated {about['evaluated']} "
-        f"(`python docs/measure.py {method.name}`; errata {about['versions']['errata']}, torch "
-        f"{about['versions']['torch']}). almanac is a small model that was made to be edited: the figures compare "
-        "methods, they don't promise anything about yours.\n\n"
-        + _table(("metric", "protocol", "mean", "95% interval", "cases"), rows)
+        f"{_how()} Means with their 95% intervals:\n\n"
+        + _table(("regime", "protocol", *METRICS), rows)
+        + "\n\nWhat it cost, over all records (seconds are of the machine it ran on):\n\n"
+        + _table(("regime", *words.COSTS.values()), costs)
+    )
+
+
+def _how() -> str:
+    """How the figures were obtained."""
+    about = _figures()["about"]
+    n, tuned = about["data"]["n"], about["tuned"]
+    return (
+        f"Records {tuned} to {n - 1} of counterfact-mini, on which no preset was tuned, of a run over the first {n}: "
+        f"each by itself (single), all {n} at once (batch), and all {n} one after another, asked when all were made "
+        "(sequential). almanac is a small model that was made to be edited: the figures compare methods, they don't "
+        "promise anything about yours."
     )
 
 
@@ -103,28 +116,57 @@ def overview() -> str:
 
 def compared() -> str:
     """Methods side by side, as a user would see their answers."""
+    return f"{_how()}\n\n{overall('methods/')}" if _figures() else overall()
+
+
+def overall(folder: str = "docs/methods/") -> str:
+    """A line for each method: what its edits do in each regime, and what one costs."""
+    if not _figures():
+        return "Not measured on this almanac yet."
     rows = []
-    for name, found in _figures().items():
-        if name in errata.methods():
-            means = [found["summary"].get(m, {}).get("generated", {}).get("mean") for m in METRICS]
-            rows.append((f"[{name}](methods/{name}.md)", *map(_mean, means), found["about"]["n"]))
-    return _table(("method", *METRICS, "cases"), rows)
+    for name in errata.methods():
+        found = _figures()["methods"].get(name)
+        if found:
+            cost = dict(zip(words.COSTS, words.costs(next(iter(found.values()))), strict=True))
+            of_all = [_means(found.get(regime)) for regime in REGIMES]
+            rows.append(
+                (f"[{name}]({folder}{name}.md)", *of_all, cost["processor_per_edit"][1], cost["bytes_per_edit"][1])
+            )
+    n = _figures()["about"]["data"]["n"]
+    return _table(("method", "single", f"{n} at once", f"{n} in sequence", "processor time", "size"), rows)
 
 
+def in_readme(text: str, table: str) -> str:
+    """The README with this table between its marks."""
+    before, _, rest = text.partition(f"{BEGIN}\n")
+    _, _, after = rest.partition(f"\n{END}")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+MEASURED = HERE / "measured.json"
 METRICS = ("reliability", "generalization", "locality")
+PROTOCOLS = ("forced", "compare", "generated")
+REGIMES = ("single", "batch", "sequential")
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 
 
-def _mean(mean: float | None) -> str:
-    return "–" if mean is None else f"{mean:.3f}"
+def _mean(found: dict[str, Any]) -> str:
+    return "–" if found["mean"] is None else f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+def _means(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    means = [found["summary"][metric]["generated"]["mean"] for metric in METRICS]
+    return " / ".join("–" if mean is None else f"{mean:.2f}" for mean in means)
 
 
 @cache
 def _figures() -> dict[str, Any]:
     """Of the almanac that ships now; figures of an earlier one are left out."""
-    path = HERE / "measured.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
     now = errata.load("almanac").fingerprint
-    return {name: report for name, report in found.items() if report["about"]["model"]["fingerprint"] == now}
+    return found if found.get("about", {}).get("model", {}).get("fingerprint") == now else {}
 
 
 def _value(value: Any) -> str:

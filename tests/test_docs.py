@@ -64,6 +64,14 @@ def test_every_method_has_a_page_whose_blocks_run(name: str, tmp_path: Path, mon
         assert run(page) > 0
 
 
+def test_the_readme_has_the_sites_figures_of_todays_almanac(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import tables  # pyright: ignore[reportMissingImports] - of the site
+
+    text = (DOCS.parent / "README.md").read_text()
+    assert tables.in_readme(text, tables.overall()) == text
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_says_what_it_is(name: str):
     """The table of a method's page is made of the docstring lines under its fields."""
