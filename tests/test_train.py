@@ -79,6 +79,20 @@ def test_training_makes_the_loss_smaller_and_keeps_the_best(lm: LM):
     assert min(totals) < 0.9 * totals[0]
 
 
+def test_the_rate_falls_to_zero_in_the_last_steps():
+    course = dataclasses.replace(COURSE, steps=10, rate=0.1, fall=0.4)
+    assert [course.rate_at(step) for step in (0, 5, 6)] == [0.1] * 3
+    assert course.rate_at(8) == pytest.approx(0.05)
+    assert course.rate_at(9) == pytest.approx(0.025)
+
+
+def test_precision_is_of_the_training_alone(lm: LM, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    HOW.train(lm, tiny.cases(), dataclasses.replace(COURSE, steps=1, precision="medium"))
+    assert asked == ["medium", torch.get_float32_matmul_precision()]
+
+
 def test_it_stops_where_it_gets_no_better(lm: LM):
     worse = dataclasses.replace(COURSE, steps=40, every=1, patience=3, rate=0.5)
     looks = dataclasses.replace(HOW, weight=1.0, step=1e-2).train(lm, tiny.cases(), worse).about["training"]["losses"]

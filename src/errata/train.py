@@ -11,10 +11,12 @@ import logging
 import math
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,8 @@ class Course:
     """Cases in a batch."""
     rate: float = 1e-3
     """Adam's learning rate."""
+    fall: float = 0.0
+    """The share of the steps, the last ones, in which the rate falls to zero."""
     clip: float = 1.0
     """The gradient's norm at most."""
     every: int = 50
@@ -55,8 +59,15 @@ class Course:
     """Looks without a better loss before training ends."""
     held: int = 64
     """Cases in the validation part, which nothing is learned from; at most a fifth."""
+    precision: Literal["highest", "high", "medium"] = "highest"
+    """Of products of matrices (`torch.set_float32_matmul_precision`): `medium` takes half the time where a processor
+    multiplies bfloat16."""
     seed: int = 0
     """Of the split, the first network, and what is drawn."""
+
+    def rate_at(self, step: int) -> float:
+        """Adam's learning rate in a step."""
+        return self.rate * min(1.0, (self.steps - step) / (self.steps * self.fall)) if self.fall else self.rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +169,20 @@ def train(
     if lm.patched:
         raise UsageError("the model has a patch applied; leave it before an editor is trained")
     gpus = [lm.device] if lm.device.type == "cuda" else []
-    with lm.frozen(), torch.random.fork_rng(devices=gpus), torch.enable_grad():
+    with lm.frozen(), torch.random.fork_rng(devices=gpus), torch.enable_grad(), _multiplied(course.precision):
         torch.manual_seed(course.seed)
         places = Path(out) if out else None, Path(log) if log else None
         return _Training(method, lm, cases, held, course, *places, progress).through()
+
+
+@contextmanager
+def _multiplied(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass
@@ -195,7 +216,7 @@ class _Training:
         self.network = self.method.network(self.lm).to(self.lm.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=self.course.rate)
         if not self._resumed():
-            self.method.fit(self.lm, self.network, self.taught[:256])
+            self.method.fit(self.lm, self.network, self.taught)
             self._look()
 
     def through(self) -> Editor:
@@ -216,6 +237,8 @@ class _Training:
         if not math.isfinite(losses["total"]):
             raise ErrataError(f"the loss of step {self.step} is {losses['total']}; train with a lower rate")
         clip_grad_norm_(self.network.parameters(), self.course.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.course.rate_at(self.step)
         self.optimiser.step()
         self.step += 1
         self._tell(losses, held=False)
@@ -304,9 +327,9 @@ def _halved(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def writable(lm: LM, cases: Sequence[Case]) -> list[Case]:
     """The cases that can be learned from, without the probes that can't be asked."""
-    found = []
+    found, can = [], cache(lambda prompt, answer: _writable(lm, prompt, answer))
     for case in cases:
-        probes = tuple(p for p in case.probes if _writable(lm, p.prompt, p.answer))
+        probes = tuple(p for p in case.probes if can(p.prompt, p.answer))
         if probes and probes[0].kind == "efficacy":
             found.append(replace(case, probes=probes))
     if len(found) < len(cases):

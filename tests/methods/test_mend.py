@@ -15,7 +15,13 @@ from errata.parts.taps import change, places, tap
 from tests import tiny
 
 WHERE = {"at": (0, "model.layers.2.mlp.down_proj"), "step": 1e-2}
-MADE = {"mend": MEND(**WHERE, rank=4), "ke": KE(**WHERE, hidden=8), "malmen": MALMEN(**WHERE, rank=4)}
+MADE = {
+    "mend": MEND(**WHERE, rank=4),
+    "mend, white": MEND(at=WHERE["at"], step=1e-3, rank=4, whiten=True, tokens="subject"),
+    "ke": KE(**WHERE, hidden=8),
+    "malmen": MALMEN(**WHERE, rank=4),
+    "malmen, white": MALMEN(**WHERE, rank=4, whiten=True),
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +40,13 @@ def stirred(how, lm):
     return network
 
 
-@pytest.mark.parametrize("name", ["mend", "ke"])
+@pytest.mark.parametrize("name", ["mend", "mend, white", "ke"])
 def test_training_sees_each_edit_as_its_own_patch(lm, name):
     how, cases = MADE[name], tiny.cases()[:3]
     with lm.frozen(), torch.no_grad():
         network, sites = stirred(how, lm), places(lm, how.at)
         edits = [c.edit for c in cases]
-        found = how.factors(lm, network, sites, tap(lm, sites, edits, how.tokens), edits)
+        found = how.made(lm, network, edits)
         asked = questions(lm, cases, random.Random(0))
         with own(sites, found):
             together = lm.logits(*asked.tokens.reads, **asked.tokens.inputs)
@@ -66,15 +72,17 @@ def test_mends_batch_is_the_sum_of_its_edits(lm):
         torch.testing.assert_close(left.T @ right, wanted, atol=1e-5, rtol=1e-3)
 
 
-def test_malmens_decoupled_gradients_are_those_of_the_whole_graph(lm):
+@pytest.mark.parametrize("name", ["malmen", "malmen, white"])
+def test_malmens_decoupled_gradients_are_those_of_the_whole_graph(lm, name):
     """The network learns the same as if the loss had been differentiated through everything at once."""
-    how, cases = MADE["malmen"], tiny.cases()[:4]
+    how, cases = MADE[name], tiny.cases()[:4]
     with lm.frozen(), torch.enable_grad():
         network, sites = stirred(how, lm), places(lm, how.at)
-        seen = tap(lm, sites, [c.edit for c in cases], how.tokens)
+        basis = network["basis"]
+        seen = basis.seen(tap(lm, sites, [c.edit for c in cases], how.tokens))
         found = solved(normal(network, sites, [seen]))
         asked = questions(lm, cases, random.Random(0))
-        with weights(sites, {n: update.float() for n, (_, update) in found.items()}):
+        with weights(sites, {n: basis.out(n, update.float()) for n, (_, update) in found.items()}):
             edit, stay = losses(lm, asked)
         (how.weight * edit + stay).backward()
         direct = {n: p.grad.clone() for n, p in network.named_parameters()}

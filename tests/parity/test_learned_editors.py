@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from errata import MALMEN, MEND
 from errata.lm import Site
 from errata.methods.malmen import normal, solved
+from errata.parts.basis import Basis
 from errata.parts.hyper import Layer, TapNet
 from errata.parts.taps import Taps
 
@@ -35,7 +36,7 @@ def network(method: type[MEND], given: dict[str, Tensor], names: dict[str, str])
             for ours, theirs in names.items():
                 value = given[f"net/{theirs.format(i)}"]
                 getattr(layer, ours).copy_(value.T if theirs.endswith((".A", ".B")) else value)
-    return nn.ModuleDict({"4x6": net})
+    return nn.ModuleDict({"4x6": net, "basis": Basis(())})
 
 
 def statistics(net: TapNet, n: Tensor, mean: Tensor, squares: Tensor) -> None:
@@ -105,7 +106,7 @@ def test_the_gradients_that_reach_malmens_network_are_the_authors(malmen, monkey
     monkeypatch.setattr(module, "places", lambda *_: SITES)
     monkeypatch.setattr(module, "in_passes", lambda *_: [seen(given, slice(0, 5)), seen(given, slice(5, 10))])
 
-    def pulled(self, lm, sites, deltas, cases, draw):
+    def pulled(self, lm, basis, sites, deltas, cases, draw):
         sum((deltas[n] * given[f"{i}/pull"]).sum() for i, n in enumerate("ab")).backward()
         return {"total": 0.0}
 

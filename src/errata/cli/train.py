@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 def train(
     method: Annotated[str, typer.Argument(help="A method that needs a trained editor, e.g. mend.")],
-    data: Annotated[list[str], typer.Option("--data", "-d", help="counterfact-mini, or a file; may be repeated.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The editor's file; what is unfinished goes on from it.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", "-d", help="almanac-facts (the default), counterfact-mini, or a file; may be repeated."),
+    ] = None,
     model: options.Model = "almanac",
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Only the first so many cases of each.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=0, help="Batches at most.")] = None,
@@ -47,7 +50,7 @@ def train(
     chosen = settings.read(kind, assignments or ())
     shell.check_writable(out)
     shell.check_writable(log)
-    cases = [case for name in data for case in _cases(name, n)]
+    cases = [case for name in data or ["almanac-facts"] for case in _cases(name, n)]
     lm = shell.load(model, dtype, device)
     how = kind.preset(lm, **chosen)
     course = _course(how, lm, {"steps": steps, "batch": batch, "rate": rate, "seed": seed})

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ErrataError, UsageError, unknown
-from . import counterfact, hub, knowedit, long, mquake, own, qaedit, ripple, zsre
+from . import counterfact, hub, knowedit, known, long, mquake, own, qaedit, ripple, zsre
 from .case import Case
 from .row import BadRow, Row
 
 log = logging.getLogger(__name__)
 
-BUILT_IN = {"counterfact-mini": Path(__file__).parent.parent / "almanac" / "counterfact-mini.json"}
+KNOWN = "almanac-facts"
+BUILT_IN = {"counterfact-mini": known.HERE / "counterfact-mini.json", KNOWN: known.HERE / "facts.jsonl"}
 """Data sets that ship with errata."""
 
 PART = "edit"
@@ -49,8 +50,9 @@ def load(name_or_path: str | Path, n: int | None = None, part: str = PART, stric
     """The cases of a data set.
 
     Args:
-        name_or_path: `counterfact-mini`; a JSON, JSON-lines or CSV file in a format that errata knows; or a data set on
-            the hub: a name that errata knows (`counterfact`), `owner/name`, or `owner/name:file`.
+        name_or_path: `counterfact-mini` or `almanac-facts`; a JSON, JSON-lines or CSV file in a format that errata
+            knows; or a data set on the hub: a name that errata knows (`counterfact`), `owner/name`, or
+            `owner/name:file`.
         n: only the first so many.
         part: which part of a file that has several. By default the one to edit, never the one (`train`) that learned
             editors are trained on. A file that is one list has only the part `edit`.
@@ -88,6 +90,10 @@ def load(name_or_path: str | Path, n: int | None = None, part: str = PART, stric
 def _source(name_or_path: str | Path, part: str) -> tuple[Path, Iterator[tuple[int, Any]]]:
     """What to call the data, and its rows with their numbers."""
     name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if name == KNOWN:
+        if part not in known.PARTS:
+            raise unknown(f"part of {KNOWN}", part, known.PARTS)
+        return BUILT_IN[KNOWN], enumerate(known.rows(part), 1)
     if name in BUILT_IN:
         path = BUILT_IN[name]
     elif not path.is_file() and path.suffix not in SUFFIXES and (where := hub.place(name)):

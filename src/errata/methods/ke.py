@@ -34,12 +34,12 @@ class KE(TapEditor, name="ke"):
     hidden: int = 128
     """Width of the LSTM and of the layers that follow it."""
 
-    def network(self, lm: LM) -> nn.Module:
-        return _Reader(lm, places(lm, self.at), self.hidden)
+    def nets(self, lm: LM) -> dict[str, nn.Module]:
+        return {"reader": _Reader(lm, places(lm, self.at), self.hidden)}
 
     def factors(self, lm: LM, network: Any, sites: Sequence[Site], seen: Taps, edits: Sequence[Edit]) -> Factors:
         tokens = lm.encode([passage(e, answer=e.target) for e in edits])
-        masks = network(lm.model.get_input_embeddings()(tokens.ids).float().detach(), tokens)
+        masks = network["reader"](lm.model.get_input_embeddings()(tokens.ids).float().detach(), tokens)
         every = torch.arange(len(edits), device=seen.owner.device)
         found: Factors = {}
         for site, (row_a, column_a, row_b, column_b, s) in zip(sites, masks, strict=True):

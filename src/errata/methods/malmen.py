@@ -19,6 +19,7 @@ from ..data import Case
 from ..edit import Edit
 from ..lm import LM, Site
 from ..method import Method
+from ..parts.basis import Basis
 from ..parts.hyper import RidgeNet, TapNet
 from ..parts.outer import losses, questions, weights
 from ..parts.taps import Taps, in_passes, places
@@ -49,19 +50,20 @@ class MALMEN(MEND, name="malmen"):
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         how, network = self.ready(lm)
-        sites = places(lm, how.at)
+        sites, basis = places(lm, how.at), network["basis"]
         with torch.no_grad():
-            sums = normal(network, sites, in_passes(lm, sites, edits, how.tokens))
+            sums = normal(network, sites, map(basis.seen, in_passes(lm, sites, edits, how.tokens)))
         owners = torch.arange(len(edits))
-        return Patch({name: (Dense(owners, update.float().cpu()),) for name, (_, update) in solved(sums).items()})
+        found = {name: basis.out(name, update.float()) for name, (_, update) in solved(sums).items()}
+        return Patch({name: (Dense(owners, update.cpu()),) for name, update in found.items()})
 
     def learn(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
-        sites = places(lm, self.at)
-        seen = list(in_passes(lm, sites, [c.edit for c in cases], self.tokens))
+        sites, basis = places(lm, self.at), network["basis"]
+        seen = list(map(basis.seen, in_passes(lm, sites, [c.edit for c in cases], self.tokens)))
         with torch.no_grad():
             found = solved(normal(network, sites, seen))
         deltas = {name: update.float().requires_grad_() for name, (_, update) in found.items()}
-        parts = self._asked(lm, sites, deltas, cases, draw)
+        parts = self._asked(lm, basis, sites, deltas, cases, draw)
         for site, net, number in numbered(network, sites):
             A, update = found[site.name]
             grad = deltas[site.name].grad
@@ -75,19 +77,26 @@ class MALMEN(MEND, name="malmen"):
         return parts
 
     def judge(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
-        sites = places(lm, self.at)
-        sums = normal(network, sites, in_passes(lm, sites, [c.edit for c in cases], self.tokens))
-        return self._asked(lm, sites, {n: update.float() for n, (_, update) in solved(sums).items()}, cases, draw)
+        sites, basis = places(lm, self.at), network["basis"]
+        sums = normal(network, sites, map(basis.seen, in_passes(lm, sites, [c.edit for c in cases], self.tokens)))
+        deltas = {n: update.float() for n, (_, update) in solved(sums).items()}
+        return self._asked(lm, basis, sites, deltas, cases, draw)
 
     def _asked(
-        self, lm: LM, sites: Sequence[Site], deltas: Mapping[str, Tensor], cases: Sequence[Case], draw: random.Random
+        self,
+        lm: LM,
+        basis: Basis,
+        sites: Sequence[Site],
+        deltas: Mapping[str, Tensor],
+        cases: Sequence[Case],
+        draw: random.Random,
     ) -> Losses:
         """The losses of one update shared by all cases; where it takes gradients, they are left in it."""
         found = {"total": 0.0, "edit": 0.0, "stay": 0.0}
         for start in range(0, len(cases), TOGETHER):
             some = cases[start : start + TOGETHER]
             asked = questions(lm, some, draw)
-            with weights(sites, deltas):
+            with weights(sites, {name: basis.out(name, delta) for name, delta in deltas.items()}):
                 edit, stay = losses(lm, asked)
             total, share = self.weight * edit + stay, len(some) / len(cases)
             if total.requires_grad:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data import Case
 from ..edit import Edit
 from ..lm import LM, Site
+from ..parts.basis import Basis, strangers
 from ..parts.hyper import TapNet
 from ..parts.outer import losses, own, questions
 from ..parts.taps import Taps, Which, change, places, tap
@@ -22,6 +23,10 @@ from ..train import Losses, Trained
 
 Factors = dict[str, tuple[Tensor, Tensor, Tensor]]
 """By matrix: the edit each row belongs to (m,), left (m, d_out), right (m, d_in); the update is left^T right."""
+
+
+SHOWN = 256
+"""Cases whose taps the inputs of the network are normalised by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,30 +41,48 @@ class TapEditor(Trained):
     """How much the edit counts against what shall stay (c_edit)."""
     tokens: Which = "all"
     """What of a text is looked at: every token (the authors), where the target is read off, or the subject's end."""
+    whiten: bool = False
+    """Whether inputs are whitened (`parts.basis`): an update then acts on what is special about a token, as ROME's
+    does. The authors only scale each entry."""
 
     # Editing
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
-        how, network = self.ready(lm)
-        found = how.made(lm, network, edits)
+        found = self._edited(lm, edits)
         return Patch({name: (change(*parts),) for name, parts in found.items()})
 
     def patches(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        how, network = self.ready(lm)
-        found = how.made(lm, network, edits)
+        found = self._edited(lm, edits)
         return [Patch({name: (change(*_of(i, parts)),) for name, parts in found.items()}) for i in range(len(edits))]
 
-    @torch.no_grad()
-    def made(self, lm: LM, network: nn.Module, edits: Sequence[Edit]) -> Factors:
+    def _edited(self, lm: LM, edits: Sequence[Edit]) -> Factors:
+        how, network = self.ready(lm)
+        with torch.no_grad():
+            return how.made(lm, network, edits)
+
+    def made(self, lm: LM, network: Any, edits: Sequence[Edit]) -> Factors:
         """The updates of edits, in shared passes."""
-        sites = places(lm, self.at)
-        return self.factors(lm, network, sites, tap(lm, sites, edits, self.tokens), edits)
+        sites, basis = places(lm, self.at), network["basis"]
+        found = self.factors(lm, network, sites, basis.seen(tap(lm, sites, edits, self.tokens)), edits)
+        return {name: (owner, left, basis.out(name, right)) for name, (owner, left, right) in found.items()}
 
     @abstractmethod
     def factors(self, lm: LM, network: Any, sites: Sequence[Site], seen: Taps, edits: Sequence[Edit]) -> Factors:
         """What the network makes of taps."""
 
     # Training
+
+    @abstractmethod
+    def nets(self, lm: LM) -> dict[str, nn.Module]:
+        """What learns, as training begins with it."""
+
+    def network(self, lm: LM) -> nn.ModuleDict:
+        return nn.ModuleDict({**self.nets(lm), "basis": Basis(places(lm, self.at) if self.whiten else ())})
+
+    def fit(self, lm: LM, network: Any, cases: Sequence[Case]) -> None:
+        if self.whiten:
+            edits = list(strangers(cases, random.Random(self.seed)))
+            network["basis"].fit(tap(lm, places(lm, self.at), edits, self.tokens))
 
     def learn(self, lm: LM, network: nn.Module, cases: Sequence[Case], draw: random.Random) -> Losses:
         total, parts = self._losses(lm, network, cases, draw)
@@ -70,9 +93,8 @@ class TapEditor(Trained):
         return self._losses(lm, network, cases, draw)[1]
 
     def _losses(self, lm: LM, network: nn.Module, cases: Sequence[Case], draw: random.Random) -> tuple[Tensor, Losses]:
-        edits, sites = [c.edit for c in cases], places(lm, self.at)
         asked = questions(lm, cases, draw)
-        with own(sites, self.factors(lm, network, sites, tap(lm, sites, edits, self.tokens), edits)):
+        with own(places(lm, self.at), self.made(lm, network, [c.edit for c in cases])):
             edit, stay = losses(lm, asked)
         total = self.weight * edit + stay
         return total, {"total": total.item(), "edit": edit.item(), "stay": stay.item()}
@@ -106,20 +128,17 @@ class MEND(TapEditor, name="mend"):
 
     net: ClassVar[type[TapNet]] = TapNet
 
-    def network(self, lm: LM) -> nn.Module:
+    def nets(self, lm: LM) -> dict[str, nn.Module]:
         shapes = [site.shape for site in places(lm, self.at)]
-        return nn.ModuleDict(
-            {
-                _key(s): self.net(
-                    s[1], s[0], min(self.rank, sum(s)), self.depth, shapes.count(s), self.step, self.first
-                )
-                for s in dict.fromkeys(shapes)
-            }
-        )
+        return {
+            _key(s): self.net(s[1], s[0], min(self.rank, sum(s)), self.depth, shapes.count(s), self.step, self.first)
+            for s in dict.fromkeys(shapes)
+        }
 
     def fit(self, lm: LM, network: Any, cases: Sequence[Case]) -> None:
+        super().fit(lm, network, cases)
         sites = places(lm, self.at)
-        seen = tap(lm, sites, [c.edit for c in cases], self.tokens)
+        seen = network["basis"].seen(tap(lm, sites, [c.edit for c in cases[:SHOWN]], self.tokens))
         for site, net, _ in numbered(network, sites):
             net.normal.update(torch.cat([seen.K[site.name], seen.G[site.name]], 1))
 

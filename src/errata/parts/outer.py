@@ -51,9 +51,9 @@ def questions(lm: LM, cases: Sequence[Case], draw: random.Random) -> Questions:
         found += [follow(p.prompt, p.answer) for p in (asked, stays)]
     tokens = lm.encode(found)
     keep = tokens.reads[0] % ROWS == 1
+    alone = tokens[1::ROWS]
     with torch.no_grad():
-        rows, cols = tokens.reads
-        before = log_softmax(lm.logits(rows[keep], cols[keep], **tokens.inputs), -1)
+        before = log_softmax(lm.logits(*alone.reads, **alone.inputs), -1)
     return Questions(tokens, keep, before)
 
 

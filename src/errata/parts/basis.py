@@ -1,0 +1,79 @@
+"""The coordinates that editor networks see the inputs of matrices in: as they are, or whitened.
+
+With C = L L^T the second moment of a matrix' inputs, W k = (W L)(L^-1 k): an update D of W L, seen from inputs
+L^-1 k, is the update D L^-1 of W. What all tokens share is then one direction among many, not most of every input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Case
+from ..edit import Edit
+from ..lm import Site
+from .taps import Taps
+
+STRANGERS = 3000
+"""Made-up subjects that a moment is taken on: a few for each direction of an input."""
+RIDGE = 1e-2
+"""Of the moment's mean diagonal, added to it."""
+
+
+class Basis(nn.Module):
+    """The factor L of every matrix, packed and in half precision; the identity until `fit`."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.numbers = {site.name: i for i, site in enumerate(sites)}
+        for i, site in enumerate(sites):
+            self.register_buffer(str(i), _packed(torch.eye(site.shape[1])))
+
+    @torch.no_grad()
+    def fit(self, taps: Taps) -> None:
+        """Take the moments of the inputs, over tokens of other subjects than the editor will learn from.
+
+        Those that it learns from would not do: seen through their own moment they are nearly orthogonal to each other,
+        those of other subjects are not, and what is trained to leave the former alone doesn't leave the latter.
+        """
+        for name, K in taps.K.items():
+            C = K.double().T @ K.double() / len(K)
+            C.diagonal().add_(RIDGE * C.diagonal().mean())
+            self.get_buffer(str(self.numbers[name])).copy_(_packed(torch.linalg.cholesky(C)))
+
+    def seen(self, taps: Taps) -> Taps:
+        """Taps with inputs L^-1 k."""
+        return replace(taps, K={name: self._solved(name, K, transposed=False) for name, K in taps.K.items()})
+
+    def out(self, name: str, update: Tensor) -> Tensor:
+        """Rows (n, d_in) of an update in these coordinates as rows of one of the weights: D L^-1."""
+        return self._solved(name, update, transposed=True)
+
+    def _solved(self, name: str, rows: Tensor, transposed: bool) -> Tensor:
+        if name not in self.numbers:
+            return rows
+        L = _unpacked(self.get_buffer(str(self.numbers[name])), rows.shape[1])
+        return torch.linalg.solve_triangular(L.T if transposed else L, rows.T, upper=transposed).T
+
+
+def _packed(L: Tensor) -> Tensor:
+    return L[tuple(torch.tril_indices(*L.shape))].half()
+
+
+def _unpacked(packed: Tensor, size: int) -> Tensor:
+    L = packed.new_zeros(size, size, dtype=torch.float32)
+    L[tuple(torch.tril_indices(size, size))] = packed.float()
+    return L
+
+
+def strangers(cases: Sequence[Case], draw: Random, n: int = STRANGERS) -> Iterator[Edit]:
+    """Edits like those of the cases, about made-up subjects whose words are theirs."""
+    for _ in range(n):
+        own, words = draw.choice(cases).edit, []
+        for word in own.subject.split():
+            words.append(draw.choice(draw.choice(cases).edit.subject.split()) if draw.random() < 0.7 else word)
+        yield Edit(own.prompt, " ".join(words), own.target)
