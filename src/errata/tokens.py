@@ -18,6 +18,10 @@ from .edit import Edit
 from .errors import ErrataError, UsageError
 
 
+EVEN = 0.8
+"""The shortest row of a batch has at least this share of the longest one's tokens, unless the batch is tiny."""
+
+
 @dataclass(frozen=True)
 class Passage:
     """A text and where its parts stand in it, counted in characters."""
@@ -173,7 +177,9 @@ def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > most:
+        longest = lengths[batch[0]] if batch else 0
+        uneven = lengths[i] < EVEN * longest and len(batch) * longest >= most // 32
+        if batch and (uneven or (len(batch) + 1) * longest > most):
             yield batch
             batch = []
         batch.append(i)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import ErrataError, UsageError
 from ..lm import ALMANAC, LM, Site
 from ..store import Store
-from ..tokens import Passage
+from ..tokens import Passage, batches
 from ..trace import hidden, watch
 from . import solve
 
@@ -204,11 +204,8 @@ def _batches(lm: LM, window: Sequence[str]) -> Iterator[Tensor]:
     plain = lm.tokenizer(list(window), add_special_tokens=False, verbose=False)["input_ids"]
     step = longest - len(bos)
     rows = [torch.tensor(bos + ids[i : i + step]) for ids in plain for i in range(0, len(ids), step)]
-    rows.sort(key=len)
-    while rows:
-        count = max(1, TOKENS // len(rows[-1]))
-        yield torch.nn.utils.rnn.pad_sequence(rows[-count:], batch_first=True, padding_value=-1)
-        del rows[-count:]
+    for batch in batches([len(row) for row in rows], TOKENS):
+        yield torch.nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True, padding_value=-1)
 
 
 def _add(lm: LM, names: Sequence[str], ids: Tensor, sums: _Sums) -> None:
