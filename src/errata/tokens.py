@@ -17,7 +17,6 @@ from torch import Tensor
 from .edit import Edit
 from .errors import ErrataError, UsageError
 
-
 EVEN = 0.8
 """The shortest row of a batch has at least this share of the longest one's tokens, unless the batch is tiny."""
 

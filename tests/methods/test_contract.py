@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -34,6 +36,8 @@ class Made:
     lm: LM
     state: dict[str, Any]
     patch: Patch
+    held: tuple[dict[str, Any], dict[str, Any]]
+    """What errata's modules held before and after the edit."""
 
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
@@ -46,7 +50,23 @@ def made(request: pytest.FixtureRequest, architecture: str, corpus_file: str) ->
     lm = tiny.trained(architecture)
     before = tiny.state(lm.model)
     method = tiny.small_settings(request.param, lm, corpus_file)
-    return Made(method, lm, before, method.edit(lm, [A]))
+    held = module_state()
+    patch = method.edit(lm, [A])
+    return Made(method, lm, before, patch, (held, module_state()))
+
+
+def module_state() -> dict[str, Any]:
+    """Every variable of errata's modules and of their classes: which object it is, and of how many parts."""
+    modules = [m for n, m in sorted(sys.modules.items()) if n.partition(".")[0] == "errata"]
+    spaces = {m.__name__: vars(m) for m in modules}
+    for name, variables in list(spaces.items()):
+        spaces |= {f"{name}.{k}": vars(v) for k, v in variables.items() if isinstance(v, type)}
+    return {
+        f"{space}.{name}": (id(value), len(value) if isinstance(value, dict | list | set) else None)
+        for space, variables in spaces.items()
+        for name, value in variables.items()
+        if not (name.startswith(("__", "_abc")) or isinstance(value, ModuleType))
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +177,12 @@ def test_6_the_same_seed_gives_the_same_patch(made: Made):
     dataclasses.replace(made.method, seed=7).prepare(other)
     fresh = LM(made.lm.model, made.lm.tokenizer, name="by another name")
     assert same(made.method.edit(fresh, [A]), made.patch)
+
+
+def test_6_nothing_of_an_edit_stays_in_a_module(made: Made):
+    """Pitfall 7: what is computed of a model is kept with it, and nowhere else."""
+    before, after = made.held
+    assert {k: after[k] for k in before} == before
 
 
 def test_6_every_edit_by_itself_in_shared_passes_is_the_edit_alone(made: Made):
