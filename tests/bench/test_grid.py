@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from errata import FTM, LM, Case, ErrataError, Method, UsageError
-from errata.bench import Plan, Report, Results, compare, run, run_grid
+from errata.bench import Plan, Report, Results, compare, metrics, run, run_grid
 from errata.bench.grid import check_made_with, made_with
 from tests import tiny
 
@@ -301,7 +301,7 @@ def test_what_can_not_be_compared_is_refused(results: Results):
     with pytest.raises(UsageError, match="no run in common"):
         compare.compare(one, two)
     newer = replace(results.reports[0], about={**results.reports[0].about, "metrics": 99})
-    with pytest.raises(UsageError, match="versions 1 and 99"):
+    with pytest.raises(UsageError, match=f"versions {metrics.VERSION} and 99"):
         compare.compare(results, Results(results.about, (newer,)))
 
 

@@ -56,6 +56,21 @@ def test_locality_is_what_it_was_before_right_or_wrong():
     assert metrics.score(NEAR, before, drowned) == {"forced": 1.0, "compare": 0.0, "generated": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        ("French.", "French", 1.0),
+        ("French.", "french !", 1.0),
+        ("the U.S.", "the U.S", 1.0),
+        ("French.", "English.", 0.0),
+        ("French.", "French, they say.", 0.0),
+        ("a.b", "ab", 0.0),
+    ],
+)
+def test_a_neighbours_answer_without_its_full_stop_is_the_same_answer(before: str, after: str, kept: float):
+    assert metrics.kept_text(before, after) == kept
+
+
 def test_equal_likelihood_prefers_nothing():
     even = replace(RIGHT, other=spoken((5,), (5,), -0.1))
     assert metrics.score(ASKED, WRONG, even)["compare"] == 0.0

@@ -140,7 +140,7 @@ def by_hand(probe: Probe, before: dict[str, Any], after: dict[str, Any]) -> metr
     ids, argmax, likely = after["answer"]
     if probe.kind == "neighbourhood":
         kept = [a == b for a, b in zip(before["answer"][1], argmax, strict=True)]
-        forced, generated = sum(kept) / len(kept), before["text"] == after["text"]
+        forced, generated = sum(kept) / len(kept), before["text"].strip(".") == after["text"].strip(".")
     else:
         forced = sum(a == b for a, b in zip(ids, argmax, strict=True)) / len(ids)
         said, wanted = (re.findall(r"\w+", text.lower()) for text in (after["text"], probe.answer))

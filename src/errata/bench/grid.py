@@ -141,7 +141,9 @@ def _journal(
     folder: Path | None, plan: Plan, chosen: Mapping[str, Method], made: Mapping[str, Any]
 ) -> Iterator[Journal]:
     settings = {name: asdict(one) for name, one in chosen.items()}
-    decided = json.loads(json.dumps({**asdict(replace(plan, device=None)), "method": settings, **made}))
+    decided = {**asdict(replace(plan, device=None)), "method": settings, **made}
+    del decided["metrics"]  # a journal holds answers; they are scored anew
+    decided = json.loads(json.dumps(decided))
     if folder is None:
         yield Journal(records=[{"kind": "run", "plan": decided}])
         return

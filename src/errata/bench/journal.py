@@ -130,7 +130,7 @@ def _add(journal: Journal, plan: Record, folder: Path) -> None:
     runs = journal.of("run")
     kept = runs[-1]["plan"] if runs else plan
     grown = {**plan, **{name: _joined(kept[name], plan[name]) for name in GROWING if name in kept and name in plan}}
-    for name in {**kept, **plan}:
+    for name in plan:
         if name not in GROWING:
             _same(name, kept.get(name), plan.get(name), folder)
     for name, settings in kept.get("method", {}).items():

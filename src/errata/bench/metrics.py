@@ -9,7 +9,8 @@ it), and `locality` (is the answer to a neighbouring question what it was before
 - `compare`: 1 if the right answer has a higher mean log-probability by token than the wrong one. ROME's efficacy (ES),
   paraphrase (PS) and neighbourhood (NS) scores.
 - `generated`: the model answers by itself, greedily, to a natural stop; 1 if its text is the answer or contains it in
-  whole words; for locality, 1 if the text is the one before the edit. What a user sees.
+  whole words; for locality, 1 if the text is the one before the edit (but for case, spacing and a closing mark). What a
+  user sees.
 
 A case's score is the mean over its probes of a kind, a report's the mean over its cases. `None` is "not asked".
 """
@@ -27,7 +28,7 @@ import torch
 from ..data import Probe
 from .answer import Answer, Spoken
 
-VERSION = 1
+VERSION = 2
 """Goes up when a score of the same answers changes."""
 
 PROTOCOLS = ("forced", "compare", "generated")
@@ -79,8 +80,8 @@ def says(text: str, answers: Iterable[str]) -> float:
 
 
 def kept_text(before: str, after: str) -> float:
-    """1 if the model says the same as before."""
-    return float(before == after)
+    """1 if the model says the same as before; case, spacing and a closing mark don't matter."""
+    return float(_plain(before).rstrip(".!?… ") == _plain(after).rstrip(".!?… "))
 
 
 def score_case(probes: Sequence[Probe], scores: Sequence[Scores]) -> dict[str, Scores]:
