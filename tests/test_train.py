@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errata import LM, MEND, ErrataError, UsageError
+from errata import LM, MALMEN, MEND, ErrataError, UsageError
 from errata.cli import main
 from errata.editor import Editor
 from errata.train import Course
@@ -77,6 +77,16 @@ def test_training_makes_the_loss_smaller_and_keeps_the_best(lm: LM):
     found = how.train(lm, tiny.cases(), dataclasses.replace(COURSE, steps=25, every=5, rate=3e-3))
     totals = [look["total"] for look in found.about["training"]["losses"]]
     assert min(totals) < 0.9 * totals[0]
+
+
+def test_training_goes_on_from_another_editor_also_of_another_method(lm: LM, editor: Path):
+    before = Editor.load(editor).tensors
+    none = dataclasses.replace(COURSE, steps=0, start=str(editor))
+    joined = MALMEN(at=(1,), rank=8, first="scale").train(lm, tiny.cases(), none).tensors
+    assert joined.keys() > before.keys()
+    assert all(torch.equal(joined[name], t) for name, t in before.items())
+    with pytest.raises(UsageError, match="not in this shape; give the settings"):
+        dataclasses.replace(HOW, rank=4).train(lm, tiny.cases(), none)
 
 
 def test_the_rate_falls_to_zero_in_the_last_steps():

@@ -64,6 +64,8 @@ class Course:
     multiplies bfloat16."""
     seed: int = 0
     """Of the split, the first network, and what is drawn."""
+    start: str = ""
+    """An editor that training goes on from in place of a new network, also one of another method with such layers."""
 
     def rate_at(self, step: int) -> float:
         """Adam's learning rate in a step."""
@@ -216,7 +218,7 @@ class _Training:
         self.network = self.method.network(self.lm).to(self.lm.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=self.course.rate)
         if not self._resumed():
-            self.method.fit(self.lm, self.network, self.taught)
+            self._begin()
             self._look()
 
     def through(self) -> Editor:
@@ -228,6 +230,20 @@ class _Training:
         if self.out:
             found.save(self.out)
         return found
+
+    def _begin(self) -> None:
+        self.method.fit(self.lm, self.network, self.taught)
+        if self.course.start:
+            earlier = editors.find(self.course.start)
+            earlier.check(earlier.about["method"], self.lm)
+            own = self.network.state_dict()
+            foreign = [k for k, t in earlier.tensors.items() if k not in own or own[k].shape != t.shape]
+            if foreign:
+                raise UsageError(
+                    f"{self.course.start!r} has {foreign[0]}, which the network to be trained has not in this shape; "
+                    "give the settings that the editor was trained with"
+                )
+            self.network.load_state_dict(dict(earlier.tensors), strict=False)
 
     def _learn(self) -> None:
         draw = random.Random(f"{self.course.seed}/{self.step}")

@@ -34,6 +34,9 @@ def train(
     batch: Annotated[int | None, typer.Option("--batch", "-b", min=1, help="Cases in a batch.")] = None,
     rate: Annotated[float | None, typer.Option("--rate", help="Adam's learning rate.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the split, the network and the draws.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--start", help="An editor to go on from, in place of a new one.")
+    ] = None,
     log: Annotated[Path | None, typer.Option("--log", help="A JSON-lines file of every step's losses.")] = None,
     assignments: options.Settings = None,
     dtype: options.Dtype = None,
@@ -53,7 +56,7 @@ def train(
     cases = [case for name in data or ["almanac-facts"] for case in _cases(name, n)]
     lm = shell.load(model, dtype, device)
     how = kind.preset(lm, **chosen)
-    course = _course(how, lm, {"steps": steps, "batch": batch, "rate": rate, "seed": seed})
+    course = _course(how, lm, {"steps": steps, "batch": batch, "rate": rate, "seed": seed, "start": start})
     shell.written.append(f"the same command goes on from {out}, where a checkpoint was reached")
     with _progress(course.steps) as tell:
         found = how.train(lm, cases, course, out=out, log=log, progress=tell)

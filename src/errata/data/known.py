@@ -21,6 +21,8 @@ ROWS = 900
 """Rows of a relation in part `train`, about: each has its share, whether many facts are known of it or few."""
 HELD = 7
 """Every so many-th subject is in part `edit`, for batches larger than counterfact-mini, and in no row of `train`."""
+NAMESAKES = 0.25
+"""How many rows of `train` have one among their neighbours."""
 PARTS = ("edit", "train")
 
 
@@ -56,9 +58,9 @@ def _row(part: str, fact: Fact, target: str, alike: list[Fact], facts: list[Fact
     ways = sorted({f["prompt"] for f in alike})
     same = [f for f in alike if f["object"] == fact["object"] and f["subject"] != fact["subject"]]
     rest = [f for f in alike if f["subject"] != fact["subject"]]
-    near = [draw.choice(same if same and draw.random() < 0.8 else rest) for _ in range(4)]
-    if part == "train":
-        near += [_namesake(fact, facts, draw) for _ in range(2)]
+    near = [draw.choice(same if same and draw.random() < 0.8 else rest) for _ in range(5)]
+    if part == "train" and draw.random() < NAMESAKES:
+        near.append(_namesake(fact, facts, draw))
     asked = [way for way in draw.sample(ways, min(4, len(ways))) if way != fact["prompt"]][:3]
     return {
         "requested_rewrite": {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..edit import Edit
 from ..lm import LM, Site
 from ..method import Method
 from ..parts.basis import Basis
-from ..parts.hyper import RidgeNet, TapNet
+from ..parts.hyper import First, RidgeNet, TapNet
 from ..parts.outer import losses, questions, weights
 from ..parts.taps import Taps, in_passes, places
 from ..patch import Patch
@@ -43,7 +43,9 @@ class MALMEN(MEND, name="malmen"):
     weight: float = 1.0
     """How much the edit counts against what shall stay."""
 
-    first: ClassVar[Literal["scale", "relu"]] = "relu"
+    first: First = "relu"
+    """How the network's layers are built: with "scale", they can begin as those of a MEND editor (`Course.start`)."""
+
     net: ClassVar[type[TapNet]] = RidgeNet
 
     patches = Method.patches  # each edit by itself: there is nothing to join

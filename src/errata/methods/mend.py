@@ -6,7 +6,7 @@ import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..data import Case
 from ..edit import Edit
 from ..lm import LM, Site
 from ..parts.basis import Basis, strangers
-from ..parts.hyper import TapNet
+from ..parts.hyper import First, TapNet
 from ..parts.outer import losses, own, questions
 from ..parts.taps import Taps, Which, change, places, tap
 from ..patch import Patch
@@ -116,7 +116,7 @@ class MEND(TapEditor, name="mend"):
     depth: int = 2
     """How many they are."""
 
-    first: ClassVar[Literal["scale", "relu"]] = "scale"
+    first: First = "scale"
     """How the network's layers are built (`hyper.Layer`)."""
 
     def factors(self, lm: LM, network: Any, sites: Sequence[Site], seen: Taps, edits: Sequence[Edit]) -> Factors:

@@ -7,6 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+First = Literal["scale", "relu"]
+"""What comes first in a layer: MEND's authors scale before the relu, MALMEN's after it."""
+
 
 class Normaliser(nn.Module):
     """Mean and deviation of every entry, over all rows ever shown to it (Welford)."""
@@ -41,7 +44,7 @@ class Layer(nn.Module):
     y + scale relu(U V y + bias) + offset, MALMEN's. It begins as the identity.
     """
 
-    def __init__(self, size: int, rank: int, matrices: int, first: Literal["scale", "relu"]) -> None:
+    def __init__(self, size: int, rank: int, matrices: int, first: First) -> None:
         super().__init__()
         self.first = first
         self.V = nn.Parameter(torch.randn(rank, size) / size**0.5)  # V y as large as y, and a step of Adam small
@@ -60,9 +63,7 @@ class Layer(nn.Module):
 class TapNet(nn.Module):
     """What a token showed at a matrix, (k, g), turned into pseudo-(k, g): one network for all matrices of a shape."""
 
-    def __init__(
-        self, d_in: int, d_out: int, rank: int, depth: int, matrices: int, rate: float, first: Literal["scale", "relu"]
-    ) -> None:
+    def __init__(self, d_in: int, d_out: int, rank: int, depth: int, matrices: int, rate: float, first: First) -> None:
         super().__init__()
         self.sizes = d_in, d_out
         self.normal = Normaliser(d_in + d_out)
@@ -81,9 +82,7 @@ class TapNet(nn.Module):
 class RidgeNet(TapNet):
     """A `TapNet` with the weight of the ridge by which its answers are joined, for each matrix."""
 
-    def __init__(
-        self, d_in: int, d_out: int, rank: int, depth: int, matrices: int, rate: float, first: Literal["scale", "relu"]
-    ) -> None:
+    def __init__(self, d_in: int, d_out: int, rank: int, depth: int, matrices: int, rate: float, first: First) -> None:
         super().__init__(d_in, d_out, rank, depth, matrices, rate, first)
         self.log_ridge = nn.Parameter(torch.zeros(matrices))
 
