@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from .edit import Edit
 from .errors import ErrataError, UsageError
@@ -102,6 +104,11 @@ class Tokens:
         return self.last - self.target.gather(1, self.last[:, None])[:, 0].long()
 
     @property
+    def asked(self) -> Tensor:
+        """(batch,) int64: the index of the prompt's last token, in rows that have a target."""
+        return self.target.long().argmax(1) - 1
+
+    @property
     def reads(self) -> tuple[Tensor, Tensor]:
         """Rows and columns at which a model predicts the target's tokens, row by row; both (m,)."""
         rows, cols = self.target.nonzero(as_tuple=True)
@@ -111,6 +118,12 @@ class Tokens:
     def wanted(self) -> Tensor:
         """(m,) int64: the target's tokens, in the order of `reads`."""
         return self.ids[self.target]
+
+    def to_say(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """(m, most + 1) int64: the target's tokens behind positions (rows, cols), both (m,); -1 behind the last."""
+        some = zip(self.ids[rows], self.target[rows], cols.tolist(), strict=True)
+        parts = [ids[col + 1 :][here[col + 1 :]] for ids, here, col in some]
+        return pad(pad_sequence(parts, batch_first=True, padding_value=-1), (0, 1), value=-1)
 
 
 def encode(

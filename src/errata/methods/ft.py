@@ -76,7 +76,7 @@ class FT(Method, name="ft"):
             rows, cols = tokens.mask[:, 1:].nonzero(as_tuple=True)
             wanted = tokens.ids[rows, cols + 1]
         elif self.loss == "last":
-            cols = (tokens.target.long().argmax(1) - 1)[rows]
+            cols = tokens.asked[rows]
         said = log_softmax(lm.logits(rows, cols, **tokens.inputs), -1).gather(1, wanted[:, None])[:, 0]
         return -(said / rows.bincount(minlength=len(tokens))[rows]).sum() / len(tokens)
 

@@ -8,8 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, pad
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import log_softmax
 
 from ..changes import Codebook
 from ..edit import Edit
@@ -48,14 +47,14 @@ class GRACE(Method, name="grace"):
         over(0, steps=self.steps, rate=self.rate, radius=self.radius)
         site = lm.site(self.at)
         tokens = lm.encode([passage(e, answer=e.target) for e in edits])
-        rows, cols = torch.arange(len(edits), device=lm.device), tokens.target.long().argmax(1) - 1
+        rows, cols = torch.arange(len(edits), device=lm.device), tokens.asked
         keys, _ = read(lm, [site.name], tokens, rows, cols)[site.name]
         book = Codebook.of(
             torch.arange(len(edits)),
             keys.float().cpu(),
             self._values(lm, site, tokens, cols).cpu(),
             torch.full((len(edits),), self.radius),
-            _labels(tokens).cpu(),
+            tokens.to_say(rows, cols).cpu(),
             torch.full((len(edits),), int(self.placement == "prompt")),
         )
         return Patch({site.name: (book,)})
@@ -91,9 +90,3 @@ class GRACE(Method, name="grace"):
             loss.backward()
             optimiser.step()
         return values.detach()
-
-
-def _labels(tokens: Tokens) -> Tensor:
-    """(edits, most + 1) int64: the target's tokens of every edit, -1 behind the last."""
-    parts = [ids[here] for ids, here in zip(tokens.ids, tokens.target, strict=True)]
-    return pad(pad_sequence(parts, batch_first=True, padding_value=-1), (0, 1), value=-1)

@@ -20,7 +20,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
-from torch.nn.utils.rnn import pad_sequence
 
 from ..changes import Blocks
 from ..edit import Edit
@@ -72,7 +71,7 @@ class MELO(Method, name="melo"):
         rows, cols = self._places(tokens)
         with self._beside(sites, factors, tokens, block.to(lm.device), torch.zeros_like(tokens.last)):
             seen = read(lm, [site.name for site in sites], tokens, rows, cols)
-        owners, labels = rows.cpu(), _labels(tokens, rows, cols).cpu()
+        owners, labels = rows.cpu(), tokens.to_say(rows, cols).cpu()
         changes = {}
         for site, (left, right) in zip(sites, factors, strict=True):
             keys, (left, right) = seen[site.name][0].float().cpu(), (t.detach().cpu() for t in (left, right))
@@ -95,7 +94,7 @@ class MELO(Method, name="melo"):
         """Descent of all blocks at once; edits of different blocks don't meet in it."""
         optimiser = torch.optim.Adam([t for pair in factors for t in pair], lr=self.rate)
         halving = torch.optim.lr_scheduler.StepLR(optimiser, step_size=20, gamma=0.5)
-        first = tokens.target.long().argmax(1) - 1
+        first = tokens.asked
         again = passes(lm, tokens, [s.name for s in sites], first)
         sizes = tokens.target.sum(1)[tokens.reads[0]]
         for _ in range(self.steps):
@@ -136,12 +135,4 @@ class MELO(Method, name="melo"):
         """Rows and columns of the tokens that a block is for."""
         if self.keys == "answer":
             return tokens.reads
-        return torch.arange(len(tokens), device=tokens.ids.device), tokens.target.long().argmax(1) - 1
-
-
-def _labels(tokens: Tokens, rows: Tensor, cols: Tensor) -> Tensor:
-    """(m, most + 1) int64: the tokens to be said from positions (rows, cols) on, -1 behind the last."""
-    parts = [
-        ids[c + 1 :][here[c + 1 :]] for ids, here, c in zip(tokens.ids[rows], tokens.target[rows], cols, strict=True)
-    ]
-    return torch.nn.functional.pad(pad_sequence(parts, batch_first=True, padding_value=-1), (0, 1), value=-1)
+        return torch.arange(len(tokens), device=tokens.ids.device), tokens.asked

@@ -230,7 +230,7 @@ class _Writing:
 
     def __init__(self, how: WISE, lm: LM, site: Site, tokens: Tokens, group: Tensor, apart: Tensor) -> None:
         self.how, self.site, self.tokens, self.group, self.apart = how, site, tokens, group, apart
-        first = tokens.target.long().argmax(1) - 1
+        first = tokens.asked
         self.again = passes(lm, tokens, [site.name], first)
         self.shift = first - self.again.start
         self.gaps = torch.empty(0)
