@@ -637,6 +637,23 @@ def test_ctrl_c_in_the_middle_of_an_edit(editing: list[str], tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_whoever_interrupts_a_run_is_told_that_it_goes_on(
+    sh: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("errata.methods.GRACE.patches", interrupted)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the shell turns Ctrl-C off as it ends
+    bench = ["bench", "--method", "grace", "--model", model, "--set", "at=1", "--data", "counterfact-mini", "--n", "2"]
+    done = sh(*bench, "--out", tmp_path / "runs")
+    assert (done.code, done.err.splitlines()[-1]) == (
+        1,
+        f"interrupted; the same command goes on from {tmp_path / 'runs'}",
+    )
+    assert sh(*bench, "--out", tmp_path / "r.json").err.splitlines()[-1] == "interrupted; nothing was written"
+
+
 # The built-in model
 
 

@@ -174,3 +174,24 @@ def test_the_shell_trains_and_edits(tmp_path: Path, capsys: pytest.CaptureFixtur
         main(["train", "rome", "--data", "counterfact-mini", "--out", str(out)])
     assert ended.value.code == 2
     assert "needs no trained editor" in capsys.readouterr().err
+
+
+def test_whoever_interrupts_a_training_is_told_whether_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "mend.safetensors"
+
+    def stopped() -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["train", "mend", "--data", "counterfact-mini", "--n", "8", "--out", str(out)])
+        assert ended.value.code == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MEND, "train", interrupted)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the shell turns Ctrl-C off as it ends
+    assert stopped() == "interrupted; nothing was written"
+    out.touch()  # the state of a training that has looked at its validation part
+    assert stopped() == f"interrupted; the same command goes on from {out}"

@@ -187,6 +187,10 @@ FILES = {
     "GRACE": "alg_name: GRACE\nmodel_name: almanac\ndevice: cpu\n"
     "inner_params:\n- model.layers[6].mlp.down_proj.weight\nedit_lr: 1.0\nn_iter: 30\neps: 1.0\n",
     "SERAC": "alg_name: SERAC\nmodel_name: almanac\ndevice: cpu\n",
+    "LoRA": "alg_name: LoRA\nmodel_name: almanac\ndevice: cpu\nlora_type: lora\nlayers: [3]\nnum_steps: 20\nlr: 1e-2\n"
+    "rank: 4\nlora_alpha: 32\nlora_dropout: 0.0\ntarget_modules: [down_proj]\n",
+    "MELO": "alg_name: MELO\nmodel_name: almanac\ndevice: cpu\ngrace:\n  num_iter: 30\n  edit_lr: 1e-2\n",
+    "WISE": "alg_name: WISE\nmodel_name: almanac\ndevice: cpu\nn_iter: 40\n",
 }
 
 

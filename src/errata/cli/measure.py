@@ -89,7 +89,8 @@ def bench(
     _check(plan)
     if out is not None and out.suffix == ".json":
         shell.check_writable(out)
-    results = _measured(plan, made_with, out)
+    with shell.resumable(None if out is None or out.suffix == ".json" else out):
+        results = _measured(plan, made_with, out)
     if recipe is None:
         shell.give(results.to_dict(), lambda: [results.table()], as_json)
     else:

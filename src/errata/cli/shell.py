@@ -116,6 +116,17 @@ def wrote(path: Path) -> str:
     return str(path)
 
 
+@contextmanager
+def resumable(place: Path | None) -> Iterator[None]:
+    """While inside, whoever interrupts is told that the same command goes on from a file or folder, if it is there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if place is not None and place.exists():
+            written.append(f"the same command goes on from {place}")
+        raise
+
+
 # How a command ends
 
 

@@ -57,8 +57,7 @@ def train(
     lm = shell.load(model, dtype, device)
     how = kind.preset(lm, **chosen)
     course = _course(how, lm, {"steps": steps, "batch": batch, "rate": rate, "seed": seed, "start": start})
-    shell.written.append(f"the same command goes on from {out}, where a checkpoint was reached")
-    with _progress(course.steps) as tell:
+    with shell.resumable(out), _progress(course.steps) as tell:
         found = how.train(lm, cases, course, out=out, log=log, progress=tell)
     shell.wrote(out)
     result = {"editor": str(out), "bytes": out.stat().st_size, **found.about}
