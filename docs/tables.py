@@ -125,9 +125,9 @@ def overall(folder: str = "docs/methods/") -> str:
         return "Not measured on this almanac yet."
     rows = []
     for name in errata.methods():
-        found = _figures()["methods"].get(name)
-        if found:
-            cost = dict(zip(words.COSTS, words.costs(next(iter(found.values()))), strict=True))
+        found = _figures()["methods"].get(name, {})
+        if "single" in found:
+            cost = dict(zip(words.COSTS, words.costs(found["single"]), strict=True))
             of_all = [_means(found.get(regime)) for regime in REGIMES]
             rows.append(
                 (f"[{name}]({folder}{name}.md)", *of_all, cost["processor_per_edit"][1], cost["bytes_per_edit"][1])

@@ -107,7 +107,7 @@ def seconds(value: float | None) -> str:
     """Seconds for people."""
     if value is None:
         return "–"
-    return "< 0.001 s" if 0 < value < 0.001 else f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
+    return "< 0.001 s" if value < 0.001 else f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
 
 
 def amount(value: float | None, unit: str) -> str:
