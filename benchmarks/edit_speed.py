@@ -4,9 +4,10 @@
 
 Prints a table and writes JSON; `edit_speed.json` beside this file is a run that is kept. FLOPs are counted
 (`FlopCounterMode`), in a pass of its own, so they are the same on every machine. Beside wall time stands the
-processor's: on a machine with other work it is what can be compared. Memory is the peak above what the process held
-before, without the pages of files (the code of libraries, which the system loads and drops as it likes). Every
-measurement is a process of its own, so that none finds another's memory. With a GPU, the same on random weights of
+processor's: on a machine with other work it is what can be compared. Memory is what the process holds beyond what it
+held before, at its most as a thread sees it that looks every few milliseconds; pages of files (the code of libraries),
+which the system loads and drops as it likes, don't count. Every measurement is a process of its own, so that none finds
+another's memory. With a GPU, the same on random weights of
 Llama-2-7B's size in bfloat16 (not run so far: no GPU was at hand).
 """
 
@@ -18,6 +19,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -201,16 +203,22 @@ def _give(lm: LM, layers: Any, lengths: Any) -> None:
 
 
 def _timed(do: Callable[[], Any]) -> dict[str, Any]:
-    _memory_mark()
-    before, wall, processor = _status("RssAnon"), time.perf_counter(), time.process_time()
+    before, seen, over = _held(), [0], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.005):
+            seen.append(_held() - before)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    wall, processor = time.perf_counter(), time.process_time()
     do()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return {
-        "seconds": time.perf_counter() - wall,
-        "processor_seconds": time.process_time() - processor,
-        "peak_mb": (_status("VmHWM") - _status("RssFile") - before) / 1e6,
-    }
+    spent = {"seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - processor}
+    over.set()
+    watcher.join()
+    return {**spent, "peak_mb": max(seen) / 1e6}
 
 
 def _flops(do: Callable[[], Any]) -> int:
@@ -219,14 +227,10 @@ def _flops(do: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def _memory_mark() -> None:
-    """Let the kernel's high-water mark of this process start anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(name: str) -> int:
+def _held() -> int:
+    """Bytes of this process' own memory."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
+    return int(lines["RssAnon"].split()[0]) * 1024
 
 
 # The whole

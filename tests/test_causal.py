@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -54,6 +55,16 @@ def test_one_restoration_at_a_time_gives_the_same(architecture, monkeypatch):
     alone = causal.trace(lm, FACT, window=2, draws=2)
     for kind, scores in together.scores.items():
         torch.testing.assert_close(alone.scores[kind], scores, rtol=1e-4, atol=1e-5, msg=kind)
+
+
+def test_an_answer_that_the_noise_does_not_take_away_is_warned_of_unless_it_is_one_of_many():
+    lm = tiny.trained("llama")
+    with pytest.warns(UserWarning, match=r"noise on 'New Zealand' does not lower p\('Oslo'\)"):
+        causal.trace(lm, FACT, "Oslo", kinds=["mlp"], draws=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        causal.trace(lm, FACT, kinds=["mlp"], draws=2)
+        causal.average(lm, FACTS[:2], kinds=["mlp"], draws=1)
 
 
 def test_the_probability_is_that_of_a_plain_pass():

@@ -10,6 +10,7 @@ Every row of a batch has another state restored, so a whole map takes few passes
 from __future__ import annotations
 
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -250,12 +251,31 @@ def trace(
         draws: how many times noise is drawn; the same for every restoration.
         seed: of the noise.
     """
+    found = _traced(lm, edit, answer, kinds, window, noise_of(lm, [edit]) if noise is None else noise, draws, seed)
+    if found.clean <= found.corrupted:
+        warnings.warn(
+            f"noise on {edit.subject!r} does not lower p({found.answer!r}), which is {found.clean:.3f} without it; "
+            f"the map shows no fact that {lm.name} knows",
+            stacklevel=2,
+        )
+    return found
+
+
+def _traced(
+    lm: LM,
+    edit: Edit,
+    answer: str | None = None,
+    kinds: Sequence[Kind] | None = None,
+    window: int | None = None,
+    noise: float = 0.0,
+    draws: int = 10,
+    seed: int = 0,
+) -> Trace:
     places = _places(lm, kinds)
     width = window or max(1, round(10 / 48 * len(lm.blocks)))
-    scale = noise_of(lm, [edit]) if noise is None else noise
     with lm.frozen(), torch.no_grad():
         question = _question(lm, edit, answer)
-        run = _Corrupted(lm, question, _noise(lm, question, draws, scale, seed))
+        run = _Corrupted(lm, question, _noise(lm, question, draws, noise, seed))
         nothing = torch.zeros(1, len(lm.blocks), question.prompt, dtype=torch.bool)
         return Trace(
             edit=edit,
@@ -266,7 +286,7 @@ def trace(
             corrupted=float(run.restored(lm.blocks, nothing)),
             scores={kind: run.map(names, 1 if kind == "hidden" else width) for kind, names in places.items()},
             window=width,
-            noise=scale,
+            noise=noise,
         )
 
 
@@ -286,7 +306,7 @@ def average(
         settings["noise"] = noise_of(lm, found)
     traces = []
     for edit in found:
-        traces.append(trace(lm, edit, **settings))
+        traces.append(_traced(lm, edit, **settings))
         if progress:
             progress(len(traces), len(found))
     return Average(tuple(traces))
