@@ -1,7 +1,7 @@
 """Train MEND's editor once; from then on an edit costs one pass there and back.
 
 python examples/train_mend.py [STEPS] [FILE]; by default 400 steps of 16 cases. Stopped, it goes on where it was when it
-is started again. The shell's `errata train mend --data counterfact-mini --out mend.safetensors` does the same.
+is started again. `errata train mend --out mend.safetensors` trains longer, on more facts.
 """
 
 import sys

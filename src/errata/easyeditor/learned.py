@@ -123,12 +123,17 @@ class TapHyperParams(LearnedHyperParams):
     }
 
 
+def _rate(value: Any, _: Values) -> Fields:
+    """EasyEdit's rates are of inputs as they are; errata's almanac preset whitens them."""
+    return {"step": value, "whiten": False}
+
+
 class MENDHyperParams(TapHyperParams):
     """MEND's."""
 
     alg_name, errata_name = "MEND", "mend"
     keys = {
-        "edit_lr": "step",
+        "edit_lr": _rate,
         "rank": "rank",
         "n_hidden": lambda value, _: {"depth": int(value) + 1},
         "hidden_dim": only(None),
@@ -149,7 +154,7 @@ class MALMENHyperParams(TapHyperParams):
 
     alg_name, errata_name = "MALMEN", "malmen"
     keys = {
-        "lr": "step",
+        "lr": _rate,
         "meta_lr": f"{COURSE}rate",
         "max_grad_norm": f"{COURSE}clip",
         "loc_coef": lambda value, _: {"weight": 1 / float(value)},
