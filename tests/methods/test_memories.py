@@ -141,7 +141,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "ike": {},
     "ice": {},
     "retrieval": {},
-    "lora": {"steps": 4},
 }
 FACTS = (Edit("The mother tongue of {} is", "Danielle Darrieux", "English"), Edit("{}, the", "Toko Yasuda", "piano"))
 ELSEWHERE = """
@@ -171,6 +170,7 @@ def said(lm: LM, patch: Patch) -> dict[str, torch.Tensor]:
     return {"numbers": numbers, "written": torch.tensor(list(written.encode()))}
 
 
+@pytest.mark.timeout(600)
 def test_a_new_process_that_loads_a_patch_gives_the_same_answers_exactly(tmp_path: Path):
     lm = errata.load("almanac")
     plain, wanted = said(lm, Patch()), {}
