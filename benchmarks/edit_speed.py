@@ -2,13 +2,12 @@
 
     python benchmarks/edit_speed.py [--quick] [--threads 1] [--out edit_speed.json]
 
-Prints a table and writes JSON; `edit_speed.json` beside this file is a run that is kept. FLOPs are counted
-(`FlopCounterMode`), in a pass of its own, so they are the same on every machine. Beside wall time stands the
-processor's: on a machine with other work it is what can be compared. Memory is what the process holds beyond what it
-held before, at its most as a thread sees it that looks every few milliseconds; pages of files (the code of libraries),
-which the system loads and drops as it likes, don't count. Every measurement is a process of its own, so that none finds
-another's memory. With a GPU, the same on random weights of
-Llama-2-7B's size in bfloat16 (not run so far: no GPU was at hand).
+Prints a table and writes JSON. FLOPs are counted (`FlopCounterMode`), in a pass of its own, so they are the same on
+every machine. Beside wall time stands the processor's: on a machine with other work it is what can be compared. Memory
+is what the process holds beyond what it held before, at its most as a thread sees it that looks every few milliseconds;
+pages of files (the code of libraries), which the system loads and drops as it likes, don't count. Every measurement is
+a process of its own, so that none finds another's memory. With a GPU, the same on random weights of Llama-2-7B's size
+in bfloat16 (not run so far: no GPU was at hand).
 """
 
 from __future__ import annotations

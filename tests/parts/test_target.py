@@ -12,6 +12,7 @@ from benchmarks import textbook
 from errata import FT, GRACE, KN, LM, ROME, Edit, UsageError
 from errata.methods import EMMET, MEMIT, PMET, RROME
 from errata.parts import contexts, moments, target
+from errata.parts.locate import at_subject
 from errata.parts.moments import BUILT_IN, Moment
 from errata.parts.target import TargetSearch
 from tests import tiny
@@ -170,7 +171,7 @@ def test_emmet_of_one_edit_writes_where_r_rome_does():
     mean = RROME(layer=1, **shared)
     emmet = EMMET(layers=(1,), jitter=0.0, **shared)
     site = lm.site(1)
-    key = mean.present(lm, site, EDITS[:1], contexts.sample(lm, ((3, 1),), 0))[0][0]
+    key = at_subject(lm, site.name, EDITS[:1], contexts.sample(lm, ((3, 1),), 0))[0].mean(1)[0]
     for patch in (mean.edit(lm, EDITS[:1]), emmet.edit(lm, EDITS[:1])):
         (change,) = patch.changes[site.name]
         direction = torch.linalg.solve(lm.memo["moment", site.name, BUILT_IN].C, key)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..edit import Edit
-from ..lm import LM, Site
-from ..parts.locate import at_subject
 from .rome import ROME
 
 
@@ -20,6 +16,5 @@ class RROME(ROME, name="r-rome"):
     paper = "Gupta et al. 2024, Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing"
     source = "https://arxiv.org/abs/2403.07175"
 
-    def present(self, lm: LM, site: Site, edits: Sequence[Edit], templates: Sequence[str]) -> tuple[Tensor, Tensor]:
-        k, v = at_subject(lm, site.name, edits, templates)
-        return k.mean(1), v.mean(1)
+    def present(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return keys.mean(1), values.mean(1)

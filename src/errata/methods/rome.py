@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..changes import LowRank
 from ..edit import Edit
-from ..lm import LM, Site
+from ..lm import LM
 from ..method import Method
 from ..parts import contexts, moments
 from ..parts.locate import at_subject
@@ -47,18 +47,22 @@ class ROME(TargetSearch, Method, name="rome"):
 
     def patches(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
         site, templates = lm.site(self.layer), contexts.sample(lm, self.lengths, self.seed)
-        k_star = at_subject(lm, site.name, edits, templates)[0].mean(1)
+        keys, values = at_subject(lm, site.name, edits, templates)
+        k_star, (k, v) = keys.mean(1), self.present(keys, values)
         (v_star,) = self.find(lm, [site.name], edits, templates)
-        k, v = self.present(lm, site, edits, templates)
         u = whiten(moments.cholesky(lm, site, self.corpus), k_star) if self.whiten else k_star.double()
         u = u / u.norm(dim=1, keepdim=True)
         left = (v_star - v).double() / (k.double() * u).sum(1, keepdim=True)
         return [Patch({site.name: (_rank_one(left[i], u[i]),)}) for i in range(len(edits))]
 
-    def present(self, lm: LM, site: Site, edits: Sequence[Edit], templates: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The key that the update is scaled for, and the value it has now: those of the bare prompt."""
-        k, v = at_subject(lm, site.name, edits)
-        return k[:, 0], v[:, 0]
+    def present(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The key that the update is scaled for, and the value it has now: those of the bare prompt, the first context.
+
+        Args:
+            keys: (edits, contexts, d_in).
+            values: (edits, contexts, d_out).
+        """
+        return keys[:, 0], values[:, 0]
 
 
 def _rank_one(left: Tensor, right: Tensor) -> LowRank:
