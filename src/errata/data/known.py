@@ -2,6 +2,7 @@
 
 They are built as CounterFact's are: the target is another object of the relation, the neighbours are other subjects,
 mostly with the same object. No subject of counterfact-mini's part `edit` is in them, and none that its neighbours name.
+Most rows of part `train` are about made-up names: there are too few real ones not to be learned by heart.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ ROWS = 900
 """Rows of a relation in part `train`, about: each has its share, whether many facts are known of it or few."""
 HELD = 7
 """Every so many-th subject is in part `edit`, for batches larger than counterfact-mini, and in no row of `train`."""
-NAMESAKES = 0.25
+NAMESAKES = 0.1
 """How many rows of `train` have one among their neighbours."""
+STRANGERS = 0.6
+"""How many rows of `train` are about a made-up subject in place of one that almanac knows: there are only so many."""
 PARTS = ("edit", "train")
 
 
@@ -35,11 +38,12 @@ def rows(part: str) -> Iterator[dict[str, Any]]:
         by_relation[fact["relation"]].append(fact)
     found = []
     for alike in by_relation.values():
-        objects = sorted({fact["object"] for fact in alike})
+        objects = [fact["object"] for fact in alike]  # one that many subjects have is as often a target
         each = 1 if part == "edit" else max(6, min(40, ROWS // len(alike)))
         for fact in alike:
             others = [o for o in objects if o != fact["object"]]
-            found += [_row(part, fact, draw.choice(others), alike, facts, draw) for _ in range(each) if others]
+            for _ in range(each if others else 0):
+                found.append(_row(part, fact, draw.choice(others), alike, facts, draw))
     draw.shuffle(found)
     return ({"case_id": number, **row} for number, row in enumerate(found))
 
@@ -61,6 +65,8 @@ def _row(part: str, fact: Fact, target: str, alike: list[Fact], facts: list[Fact
     near = [draw.choice(same if same and draw.random() < 0.8 else rest) for _ in range(5)]
     if part == "train" and draw.random() < NAMESAKES:
         near.append(_namesake(fact, facts, draw))
+    if part == "train" and draw.random() < STRANGERS:
+        fact = _namesake(fact, facts, draw)
     asked = [way for way in draw.sample(ways, min(4, len(ways))) if way != fact["prompt"]][:3]
     return {
         "requested_rewrite": {
@@ -76,11 +82,15 @@ def _row(part: str, fact: Fact, target: str, alike: list[Fact], facts: list[Fact
 
 
 def _namesake(fact: Fact, facts: list[Fact], draw: Random) -> Fact:
-    """The fact of a made-up subject that shares words with its own: what is hardest to leave alone."""
+    """The fact of a made-up subject that mostly shares words with its own."""
     words, other = fact["subject"].split(), draw.choice(facts)["subject"].split()
     words[draw.randrange(len(words))] = draw.choice(other)
     name = " ".join(words)
-    return {**fact, "subject": name if name != fact["subject"] and len(words) > 1 else " ".join(other)}
+    return {**fact, "subject": name if name != fact["subject"] and len(words) > 1 else _joined(other, facts, draw)}
+
+
+def _joined(words: list[str], facts: list[Fact], draw: Random) -> str:
+    return " ".join([draw.choice(words), draw.choice(draw.choice(facts)["subject"].split())])
 
 
 def _ask(way: str, fact: Fact) -> str:

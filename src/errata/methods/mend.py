@@ -118,6 +118,9 @@ class MEND(TapEditor, name="mend"):
 
     first: First = "scale"
     """How the network's layers are built (`hyper.Layer`)."""
+    alone: bool = False
+    """Whether the network turns gradients alone and inputs stay as they are, so that it can't know the subjects it
+    learns from by heart. The authors' turns both."""
 
     def factors(self, lm: LM, network: Any, sites: Sequence[Site], seen: Taps, edits: Sequence[Edit]) -> Factors:
         found: Factors = {}
@@ -131,7 +134,7 @@ class MEND(TapEditor, name="mend"):
     def nets(self, lm: LM) -> dict[str, nn.Module]:
         shapes = [site.shape for site in places(lm, self.at)]
         return {
-            _key(s): self.net(s[1], s[0], min(self.rank, sum(s)), self.depth, shapes.count(s), self.step, self.first)
+            _key(s): self.net(s[1], s[0], self.rank, self.depth, shapes.count(s), self.step, self.first, self.alone)
             for s in dict.fromkeys(shapes)
         }
 

@@ -63,27 +63,50 @@ class Layer(nn.Module):
 class TapNet(nn.Module):
     """What a token showed at a matrix, (k, g), turned into pseudo-(k, g): one network for all matrices of a shape."""
 
-    def __init__(self, d_in: int, d_out: int, rank: int, depth: int, matrices: int, rate: float, first: First) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        depth: int,
+        matrices: int,
+        rate: float,
+        first: First,
+        alone: bool = False,
+    ) -> None:
         super().__init__()
         self.sizes = d_in, d_out
+        self.kept = d_in if alone else 0  # entries that the layers don't see
         self.normal = Normaliser(d_in + d_out)
-        self.layers = nn.ModuleList(Layer(d_in + d_out, rank, matrices, first) for _ in range(depth))
+        size = d_in + d_out - self.kept
+        self.layers = nn.ModuleList(Layer(size, min(rank, size), matrices, first) for _ in range(depth))
         self.log_rate = nn.Parameter(torch.full((matrices,), rate).log())
 
     def forward(self, K: Tensor, G: Tensor, matrix: int) -> tuple[Tensor, Tensor]:
         """(m, d_in) and (m, d_out) in and out; `matrix` is its number among those of the shape."""
         y = self.normal(torch.cat([K, G], 1))
+        kept, y = y[:, : self.kept], y[:, self.kept :]
         for layer in self.layers:
             y = layer(y, matrix)
-        k, g = y.split(self.sizes, 1)
+        k, g = torch.cat([kept, y], 1).split(self.sizes, 1)
         return k, g
 
 
 class RidgeNet(TapNet):
     """A `TapNet` with the weight of the ridge by which its answers are joined, for each matrix."""
 
-    def __init__(self, d_in: int, d_out: int, rank: int, depth: int, matrices: int, rate: float, first: First) -> None:
-        super().__init__(d_in, d_out, rank, depth, matrices, rate, first)
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        depth: int,
+        matrices: int,
+        rate: float,
+        first: First,
+        alone: bool = False,
+    ) -> None:
+        super().__init__(d_in, d_out, rank, depth, matrices, rate, first, alone)
         self.log_ridge = nn.Parameter(torch.zeros(matrices))
 
     def values(self, K: Tensor, G: Tensor, matrix: int) -> Tensor:
