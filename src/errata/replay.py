@@ -128,9 +128,12 @@ def passes(lm: LM, batch: Tokens, places: Sequence[str], start: Tensor) -> Passe
         return full
 
     def both(replay: Replay) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(batch), device=batch.ids.device)
+        rows = torch.stack([start.argmin(), start.argmax()])  # where the padding is longest and shortest
+        few = batch[rows]
         with torch.no_grad():
-            return replay.logits(rows, batch.ends), full.logits(rows, batch.ends)
+            return replay.logits(rows, few.ends), FullPasses(lm, few, start[rows]).logits(
+                torch.arange(2, device=start.device), few.ends
+            )
 
     what = f"replayed from {places[0]}"
     return proven(lm, ("replays", *places), what, lambda: Replay(lm, batch, places, start), both) or full
