@@ -45,13 +45,22 @@ class MEMIT(TargetSearch, Method, name="memit"):
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         templates = contexts.sample(lm, self.lengths, self.seed)
-        block = lm.blocks[self.layers[-1]]
-        (z,) = self.find(lm, [block], edits, templates, self.merge)
+        place, wanted = self.wanted(lm, edits, templates)
 
         def solve(site: Site, K: Tensor, R: Tensor) -> LowRank:
             return self.solve(lm, site, K, R, prior)
 
-        return spread(lm, edits, self.layers, templates, block, z, solve, lambda left: 1 / left)
+        return spread(lm, edits, self.layers, templates, place, wanted, solve, self.portion)
+
+    def wanted(self, lm: LM, edits: Sequence[Edit], templates: Sequence[str]) -> tuple[str, Tensor]:
+        """The module that is brought to a target, and what it should put out, (edits, d)."""
+        block = lm.blocks[self.layers[-1]]
+        (z,) = self.find(lm, [block], edits, templates, self.merge)
+        return block, z
+
+    def portion(self, left: int) -> float:
+        """How much of what is missing a layer takes when so many are left, itself among them."""
+        return 1 / left
 
     def solve(self, lm: LM, site: Site, K: Tensor, R: Tensor, prior: Patch) -> LowRank:
         """One layer's change."""

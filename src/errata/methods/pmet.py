@@ -9,14 +9,10 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from ..changes import LowRank
 from ..edit import Edit
 from ..errors import ErrataError
-from ..lm import LM, Site
-from ..parts import contexts
-from ..parts.spread import spread
+from ..lm import LM
 from ..parts.target import Loss
-from ..patch import Patch
 from .memit import MEMIT
 
 
@@ -35,14 +31,12 @@ class PMET(MEMIT, name="pmet"):
         done = (total < self.stop) | (loss.said & (loss.kl.detach() <= 0.01))
         return done, torch.where(loss.said, 0.1, 1.0).to(total)
 
-    def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
-        templates = contexts.sample(lm, self.lengths, self.seed)
+    def wanted(self, lm: LM, edits: Sequence[Edit], templates: Sequence[str]) -> tuple[str, Tensor]:
         attention, mlp = lm.attention_out(self.layers[-1]), lm.mlp_out(self.layers[-1]).name
         if attention is None:
             raise ErrataError(f"{lm.name} has no single matrix by which attention writes; PMET needs one")
         v, _ = self.find(lm, [mlp, attention.name], edits, templates, self.merge)
+        return mlp, v
 
-        def solve(site: Site, K: Tensor, R: Tensor) -> LowRank:
-            return self.solve(lm, site, K, R, prior)
-
-        return spread(lm, edits, self.layers, templates, mlp, v, solve, lambda left: 1 / sqrt(left))
+    def portion(self, left: int) -> float:
+        return 1 / sqrt(left)
