@@ -19,7 +19,7 @@ def found():
         sites = places(lm, ["model.layers.1.mlp.down_proj"])
         taps = tap(lm, sites, [c.edit for c in tiny.cases()])
     basis = Basis(sites)
-    basis.fit(taps)
+    basis.fit(taps.K)
     return basis, taps, sites[0].name
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from errata.parts import taps
-from errata.parts.taps import change, places, tap
+from errata.parts.taps import change, inputs, places, tap
 from errata.tokens import passage
 from tests import tiny
 
@@ -43,6 +43,16 @@ def test_an_edit_shows_the_same_alone_and_in_a_batch_of_any_passes(lm, which, mo
                 for side in ("K", "G"):
                     for name, t in getattr(one, side).items():
                         torch.testing.assert_close(getattr(part, side)[name], t, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["all", "target", "subject"])
+def test_inputs_are_those_of_the_taps(lm, which):
+    sites = places(lm, [0, lm.mlp_out(2).name])
+    with lm.frozen():
+        found, wanted = inputs(lm, sites, tiny.EDITS, which), tap(lm, sites, tiny.EDITS, which).K
+    assert found.keys() == wanted.keys()
+    for name, K in wanted.items():
+        torch.testing.assert_close(found[name], K)
 
 
 def test_where_the_target_is_read_there_is_a_row_for_each_of_its_tokens(lm):

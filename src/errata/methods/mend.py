@@ -17,7 +17,7 @@ from ..lm import LM, Site
 from ..parts.basis import Basis, strangers
 from ..parts.hyper import First, TapNet
 from ..parts.outer import losses, own, questions
-from ..parts.taps import Taps, Which, change, places, tap
+from ..parts.taps import Taps, Which, change, inputs, places, tap
 from ..patch import Patch
 from ..train import Losses, Trained
 
@@ -82,7 +82,7 @@ class TapEditor(Trained):
     def fit(self, lm: LM, network: Any, cases: Sequence[Case]) -> None:
         if self.whiten:
             edits = list(strangers(cases, random.Random(self.seed)))
-            network["basis"].fit(tap(lm, places(lm, self.at), edits, self.tokens))
+            network["basis"].fit(inputs(lm, places(lm, self.at), edits, self.tokens))
 
     def learn(self, lm: LM, network: nn.Module, cases: Sequence[Case], draw: random.Random) -> Losses:
         total, parts = self._losses(lm, network, cases, draw)

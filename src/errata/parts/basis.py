@@ -6,7 +6,7 @@ L^-1 k, is the update D L^-1 of W. What all tokens share is then one direction a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -34,13 +34,13 @@ class Basis(nn.Module):
             self.register_buffer(str(i), _packed(torch.eye(site.shape[1])))
 
     @torch.no_grad()
-    def fit(self, taps: Taps) -> None:
-        """Take the moments of the inputs, over tokens of other subjects than the editor will learn from.
+    def fit(self, inputs: Mapping[str, Tensor]) -> None:
+        """Take the moments of the inputs, (m, d_in) by matrix, of other subjects than the editor will learn from.
 
         Those that it learns from would not do: seen through their own moment they are nearly orthogonal to each other,
         those of other subjects are not, and what is trained to leave the former alone doesn't leave the latter.
         """
-        for name, K in taps.K.items():
+        for name, K in inputs.items():
             C = K.double().T @ K.double() / len(K)
             C.diagonal().add_(RIDGE * C.diagonal().mean())
             self.get_buffer(str(self.numbers[name])).copy_(_packed(torch.linalg.cholesky(C)))

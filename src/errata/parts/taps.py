@@ -19,7 +19,7 @@ from ..changes import Dense, LowRank
 from ..edit import Edit
 from ..lm import LM, Site
 from ..tokens import Tokens, passage
-from ..trace import hidden
+from ..trace import hidden, read
 
 TOKENS = 16_384
 """Tokens in one pass, padding included. Changes the memory, not the result."""
@@ -63,10 +63,25 @@ def tap(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "al
 
 def in_passes(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> Iterator[Taps]:
     """The same pass by pass, so that the memory of one batch does for any number of edits; `owner` counts them all."""
+    for start, tokens in _batches(lm, edits):
+        yield _tapped(lm, sites, tokens, which, start)
+
+
+def inputs(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> dict[str, Tensor]:
+    """The `K` of taps alone: passes that end after the last of the matrices, and none back."""
+    names, found = [site.name for site in sites], []
+    for _, tokens in _batches(lm, edits):
+        needed = tokens.until(tokens.subject) if which == "subject" else tokens
+        found.append(read(lm, names, needed, *_chosen(needed, which).nonzero(as_tuple=True)))
+    return {name: torch.cat([seen[name][0] for seen in found]).float() for name in names}
+
+
+def _batches(lm: LM, edits: Sequence[Edit]) -> Iterator[tuple[int, Tokens]]:
+    """The texts of edits, pass by pass, with the number of the first."""
     tokens = lm.encode([passage(e, answer=e.target) for e in edits])
     rows = max(1, TOKENS // tokens.ids.shape[1])
     for start in range(0, len(tokens), rows):
-        yield _tapped(lm, sites, tokens[slice(start, start + rows)], which, start)
+        yield start, tokens[slice(start, start + rows)]
 
 
 def _tapped(lm: LM, sites: Sequence[Site], tokens: Tokens, which: Which, start: int) -> Taps:
