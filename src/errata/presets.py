@@ -37,7 +37,7 @@ def settings(method: str, lm: LM | str, known: Collection[str] = ()) -> dict[str
     model = name if config is None else recognised(config)
     found = models[model].get(method) if model else None
     if found is not None:
-        return {k: _frozen(v) for k, v in found.items() if k != "source"}
+        return {k: frozen(v) for k, v in found.items() if k != "source"}
     return _scaled(method, name, config if config is not None else models[name]["match"], known)
 
 
@@ -84,7 +84,7 @@ def _scaled(method: str, name: str, config: Any, known: Collection[str]) -> dict
             "`errata trace` helps to choose better ones",
             stacklevel=4,
         )
-    return {**{k: _frozen(v) for k, v in found.items() if k != "depth"}, **places}
+    return {**{k: frozen(v) for k, v in found.items() if k != "depth"}, **places}
 
 
 def _at(relative: float | list[float], depth: int) -> int | tuple[int, ...]:
@@ -93,5 +93,8 @@ def _at(relative: float | list[float], depth: int) -> int | tuple[int, ...]:
     return min(depth - 1, round(relative * depth))
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+def frozen(value: Any) -> Any:
+    """A value as a method's fields have it: tuples in place of the lists of TOML, YAML and JSON, at any depth."""
+    if isinstance(value, dict):
+        return {name: frozen(one) for name, one in value.items()}
+    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value

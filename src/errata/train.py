@@ -129,16 +129,12 @@ class Trained(Method):
         if key not in lm.memo:
             found = editors.find(self.editor)
             self.accept(found, lm)
-            known = {k: _frozen(v) for k, v in found.about["settings"].items() if k not in ("editor", "seed")}
+            known = {k: presets.frozen(v) for k, v in found.about["settings"].items() if k not in ("editor", "seed")}
             how = replace(self, **known)
             network = how.network(lm)
             network.load_state_dict({k: t.float() if t.is_floating_point() else t for k, t in found.tensors.items()})
             lm.memo[key] = how, network.to(lm.device).requires_grad_(False).eval()
         return lm.memo[key]
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def train(

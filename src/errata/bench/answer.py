@@ -91,7 +91,7 @@ def ask(lm: LM, probes: Sequence[Probe], patches: Sequence[Patch] | None = None)
         else:
             out[i] = replace(out[i], **{name: found})
 
-    asked: dict[_Prompt, dict[_Put | _Own, list[tuple[int, str]]]] = defaultdict(lambda: defaultdict(list))
+    asked: dict[_Prompt, dict[_Forced | _Own, list[tuple[int, str]]]] = defaultdict(lambda: defaultdict(list))
     with lm.frozen(), torch.no_grad():
         for name, own, questions in _questions(lm, probes):
             encoded = tolerant(partial(_encoded, lm, own), [passage for _, passage in questions])
@@ -140,7 +140,7 @@ class _Prompt:
     """Of the rows that read it; None: none but what is applied."""
 
 
-_Put = tuple[int, ...]
+_Forced = tuple[int, ...]
 """The tokens of an answer that is put in the model's mouth."""
 
 
@@ -163,7 +163,7 @@ def _questions(lm: LM, probes: Sequence[Probe]) -> Iterator[tuple[str, _Own | No
     yield "text", _Own(writing.NEW_TOKENS, None), opening
 
 
-def _encoded(lm: LM, own: _Own | None, passages: list[Passage]) -> list[tuple[tuple[int, ...], int, _Put]]:
+def _encoded(lm: LM, own: _Own | None, passages: list[Passage]) -> list[tuple[tuple[int, ...], int, _Forced]]:
     """For each passage the tokens of its prompt, who answers it, and the tokens of its answer."""
     tokens = lm.encode(passages, own.most if own else ANSWER)
     assert tokens.answerer is not None
@@ -178,16 +178,16 @@ def _encoded(lm: LM, own: _Own | None, passages: list[Passage]) -> list[tuple[tu
     return out
 
 
-def _heard(lm: LM, asked: list[tuple[_Prompt, list[_Put | _Own]]]) -> list[dict[_Put | _Own, Spoken | str]]:
+def _heard(lm: LM, asked: list[tuple[_Prompt, list[_Forced | _Own]]]) -> list[dict[_Forced | _Own, Spoken | str]]:
     """For each prompt what was wanted of it, by what it was; every prompt is read once."""
-    out: list[dict[_Put | _Own, Spoken | str]] = [{} for _ in asked]
+    out: list[dict[_Forced | _Own, Spoken | str]] = [{} for _ in asked]
 
     def hear(numbers: list[int]) -> None:
         prompts, wanted = zip(*(asked[i] for i in numbers), strict=True)
         patched = partial(_patched, lm, [p.patch for p in prompts])
         reading = read(lm.answering(prompts[0].who), [p.ids for p in prompts], patched)
-        put = [(row, what) for row, some in enumerate(wanted) for what in some if not isinstance(what, _Own)]
-        for (row, ids), logits in zip(put, reading.forced(put), strict=True):
+        forced = [(row, what) for row, some in enumerate(wanted) for what in some if not isinstance(what, _Own)]
+        for (row, ids), logits in zip(forced, reading.forced(forced), strict=True):
             out[numbers[row]][ids] = _spoken(ids, logits)
         for own in dict.fromkeys(what for some in wanted for what in some if isinstance(what, _Own)):
             rows = [row for row, some in enumerate(wanted) if own in some]
@@ -201,7 +201,7 @@ def _heard(lm: LM, asked: list[tuple[_Prompt, list[_Put | _Own]]]) -> list[dict[
     return out
 
 
-def _room(prompt: _Prompt, wanted: list[_Put | _Own]) -> int:
+def _room(prompt: _Prompt, wanted: list[_Forced | _Own]) -> int:
     """Tokens of a prompt with the longest of what is wanted of it."""
     return len(prompt.ids) + max(what.most if isinstance(what, _Own) else len(what) for what in wanted)
 
@@ -236,7 +236,7 @@ def fitting(do: Callable[[list[int]], None], rows: list[int]) -> None:
     fitting(do, rows[half:])
 
 
-def _spoken(ids: _Put, logits: Tensor) -> Spoken:
+def _spoken(ids: _Forced, logits: Tensor) -> Spoken:
     wanted = torch.tensor(ids, device=logits.device)
     said = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
     return Spoken(ids, tuple(logits.argmax(1).tolist()), float(said.mean()))

@@ -15,6 +15,7 @@ from ..data import Case
 from ..errors import ErrataError
 from ..lm import LM
 from ..method import Method, method, versions
+from ..presets import frozen
 from . import answer, metrics
 from .ability import Ability
 from .journal import Journal, opened
@@ -75,13 +76,6 @@ def run_grid(
         "left_out": left,
     }
     return Results(about, tuple(reports))
-
-
-def frozen(value: Any) -> Any:
-    """Settings of a run file as methods have them: tuples, where YAML has lists."""
-    if isinstance(value, Mapping):
-        return {name: frozen(one) for name, one in value.items()}
-    return tuple(frozen(one) for one in value) if isinstance(value, list | tuple) else value
 
 
 def cells(plan: Plan, chosen: Mapping[str, Method], left: list[dict[str, str]]) -> Iterator[tuple[str, str]]:

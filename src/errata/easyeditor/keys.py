@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
+from ..presets import frozen
 
 Values = Mapping[str, Any]
 """A whole file; the entries of a nested key are under `outer.inner`."""
@@ -87,11 +88,6 @@ def number(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)
     return value
-
-
-def frozen(value: Any) -> Any:
-    """Lists as tuples, as a method's fields have them."""
-    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
 
 # Readers

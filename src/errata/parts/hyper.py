@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -95,19 +95,9 @@ class TapNet(nn.Module):
 class RidgeNet(TapNet):
     """A `TapNet` with the weight of the ridge by which its answers are joined, for each matrix."""
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        rank: int,
-        depth: int,
-        matrices: int,
-        rate: float,
-        first: First,
-        alone: bool = False,
-    ) -> None:
-        super().__init__(d_in, d_out, rank, depth, matrices, rate, first, alone)
-        self.log_ridge = nn.Parameter(torch.zeros(matrices))
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.log_ridge = nn.Parameter(torch.zeros(len(self.log_rate)))
 
     def values(self, K: Tensor, G: Tensor, matrix: int) -> Tensor:
         """How the output at each token shall move, (m, d_out): v = -rate (k . k~) g~ (MALMEN, eq. 3)."""

@@ -85,12 +85,12 @@ def _batches(lm: LM, edits: Sequence[Edit]) -> Iterator[tuple[int, Tokens]]:
 
 
 def _tapped(lm: LM, sites: Sequence[Site], tokens: Tokens, which: Which, start: int) -> Taps:
-    inputs: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
     nudges: dict[str, Tensor] = {}
 
     def nudged(name: str) -> Any:
         def hook(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            inputs[name] = hidden(args[0], len(tokens)).detach()
+            given[name] = hidden(args[0], len(tokens)).detach()
             nudges[name] = torch.zeros_like(output, requires_grad=True)  # its gradient is the output's
             return output + nudges[name]
 
@@ -103,7 +103,7 @@ def _tapped(lm: LM, sites: Sequence[Site], tokens: Tokens, which: Which, start: 
         found = torch.autograd.grad(loss, [nudges[s.name] for s in sites])
     owner, place = _chosen(tokens, which).nonzero(as_tuple=True)
     G = {s.name: hidden(g, len(tokens))[owner, place].float() for s, g in zip(sites, found, strict=True)}
-    return Taps(owner + start, place, {s.name: inputs[s.name][owner, place].float() for s in sites}, G)
+    return Taps(owner + start, place, {s.name: given[s.name][owner, place].float() for s in sites}, G)
 
 
 def nll(logits: Tensor, tokens: Tokens) -> Tensor:
