@@ -302,6 +302,12 @@ def test_bench_keeps_a_run_in_a_folder_and_its_file_gives_it_again(
     found = ok("bench", "--compare", tmp_path / "a", tmp_path / "b" / "report.json")
     assert {(d["first"] == d["second"], d["low"], d["high"]) for d in found} == {(True, 0.0, 0.0)}
     assert "second minus first" in sh("bench", "--compare", tmp_path / "a", tmp_path / "b").out
+    options[-3] = "steps=4"
+    changed = ["bench", "--method", "grace", *options, "--out", tmp_path / "a"]
+    refused(sh(*changed), 2, "its method grace is", "--again grace")
+    anew = ok(*changed, "--again", "grace")
+    assert {r["method"]: r["settings"]["steps"] for r in anew["about"]["runs"]} == {"ft": 3, "grace": 4, "ft-l": 3}
+    assert [r for r in anew["rows"] if r["method"] != "grace"] == [r for r in more["rows"] if r["method"] != "grace"]
 
 
 # Tracing
@@ -455,6 +461,9 @@ def test_set_reads_optional_and_repeated_values():
         (["apply", "nowhere.safetensors", "--prompt", "x"], ["there is no file"]),
         (["bench", "--method", ","], ["--method names none"]),
         (["bench", "--method", "rome,memmit"], ["memmit", "did you mean"]),
+        (["bench", "--again", "memmit", "--out", "runs"], ["memmit", "did you mean 'memit'"]),
+        (["bench", "--method", "rome,grace", "--again", "grac", "--out", "runs"], ["grac", "did you mean 'grace'"]),
+        (["bench", "--again", "rome"], ["--out"]),
         (["bench", "--data", "counterfact-min"], ["counterfact-min", "did you mean 'counterfact-mini'"]),
         (["bench", "--data", "nowhere.json"], ["there is no file"]),
         (["bench", "--regime", "sometimes"], ["sometimes"]),
@@ -651,6 +660,8 @@ def test_whoever_interrupts_a_run_is_told_that_it_goes_on(
         1,
         f"interrupted; the same command goes on from {tmp_path / 'runs'}",
     )
+    done = sh(*bench, "--again", "grace", "--out", tmp_path / "runs").err.splitlines()[-1]
+    assert done == f"interrupted; the same command without --again goes on from {tmp_path / 'runs'}"
     assert sh(*bench, "--out", tmp_path / "r.json").err.splitlines()[-1] == "interrupted; nothing was written"
 
 

@@ -97,6 +97,9 @@ class Trained(Method):
     def judge(self, lm: LM, network: nn.Module, cases: Sequence[Case], draw: random.Random) -> Losses:
         """The losses of a batch, for the validation part."""
 
+    def prepare(self, lm: LM) -> None:
+        self.ready(lm)  # without an editor no edit is begun
+
     def accept(self, editor: Editor, lm: LM) -> None:
         """Refuse an editor that was trained for another method or model."""
         editor.check(self.name, lm)

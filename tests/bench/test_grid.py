@@ -158,6 +158,51 @@ def test_a_cell_that_fails_costs_no_other(gpt2: LM, cases: list[Case], monkeypat
         run_grid(Plan(method={"greedy-for-memory": FT}), gpt2, cases[:2])
 
 
+def test_a_cell_that_failed_is_tried_again_also_with_other_settings(
+    gpt2: LM, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*_: Any) -> None:
+        raise ErrataError("it can't be done")
+
+    plan, rest = Plan(method={"greedy-for-memory": FT, "ft-m": FT}), {"ft-m": FT}
+    with monkeypatch.context() as broken:
+        broken.setattr(Greedy, "patch", fails)
+        assert len(run_grid(plan, gpt2, cases[:2], tmp_path).reports) == 1
+    changed = replace(plan, method={"greedy-for-memory": {**FT, "steps": 5}, **rest})
+    monkeypatch.setattr(FTM, "patch", lambda *_: pytest.fail("edited again"))
+    monkeypatch.setattr(Greedy, "patch", lambda self, *args: FT_PATCH(self, *args))
+    found = run_grid(changed, gpt2, cases[:2], tmp_path)
+    assert {r.about["method"]: r.about["settings"]["steps"] for r in found.reports} == {
+        "greedy-for-memory": 5,
+        "ft-m": 4,
+    }
+    assert found.about["left_out"] == []
+
+
+FT_PATCH = FTM.patch
+
+
+@pytest.mark.parametrize("regime", ["single", "batch", "sequential"])
+def test_a_method_without_its_editor_says_so_once(regime: str, gpt2: LM, cases: list[Case], tmp_path: Path):
+    plan = Plan(method={"mend": {"at": [1]}, "ft-m": FT}, regime=(regime,), batch=2 if regime != "single" else None)
+    found = run_grid(plan, gpt2, cases[:4], tmp_path)
+    (one,) = found.about["left_out"]
+    assert "mend needs an editor" in one["error"]
+    assert "needs an editor" not in (tmp_path / "journal.jsonl").read_text()
+
+
+def test_a_method_is_run_again_and_the_others_stay(
+    gpt2: LM, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plan = Plan(method={"ft-m": FT, "grace": GRACE}, regime=("single", "sequential"))
+    run_grid(plan, gpt2, cases[:2], tmp_path)
+    changed = Plan(method={"ft-m": {**FT, "steps": 5}}, regime=("single",))
+    wanted = run_grid(replace(plan, method={**plan.method, **changed.method}), gpt2, cases[:2])
+    monkeypatch.setattr("errata.methods.GRACE.patch", lambda *_: pytest.fail("edited again"))
+    found = run_grid(changed, gpt2, cases[:2], tmp_path, again=["ft-m"])
+    assert [numbers(r) for r in found.reports] == [numbers(r) for r in wanted.reports]
+
+
 # As files
 
 

@@ -73,6 +73,66 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path):
         pass
 
 
+PLAN = {"n": 5, "method": {"a": {"rate": 1}, "a-b": {}}}
+"""Two methods, one's name the beginning of the other's."""
+
+
+def begun(folder: Path) -> None:
+    with opened(folder, PLAN) as journal:
+        for cell in ("before", "a single", "a sequential", "a-b sequential"):
+            journal.cell(cell).add("group", outcomes=[])
+        for cell in ("a sequential", "a-b sequential"):
+            state = journal.cell(cell).state(7)
+            assert state is not None
+            state.touch()
+
+
+def cells(folder: Path, plan: dict[str, object] = PLAN, again: tuple[str, ...] = ()) -> set[str]:
+    with opened(folder, plan, again) as journal:
+        return journal.cells
+
+
+def test_a_method_is_run_again_and_no_other(tmp_path: Path):
+    begun(tmp_path)
+    changed = {**PLAN, "method": {"a": {"rate": 2}}}
+    with pytest.raises(UsageError, match="its method a is .*give --again a"):
+        cells(tmp_path, changed)
+    assert cells(tmp_path, changed, ("a",)) == {"before", "a-b sequential"}
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["a-b-sequential-0000007.safetensors"]
+    assert cells(tmp_path, changed) == {"before", "a-b sequential"}  # also the next time, with its new settings
+    with opened(tmp_path, changed) as journal:
+        assert journal.of("run")[-1]["plan"]["method"] == {"a": {"rate": 2}, "a-b": {}}
+
+
+def test_what_is_refused_drops_nothing(tmp_path: Path):
+    begun(tmp_path)
+    with pytest.raises(UsageError, match="its n is"):
+        cells(tmp_path, {**PLAN, "n": 6}, ("a",))
+    assert cells(tmp_path) == {"before", "a single", "a sequential", "a-b sequential"}
+
+
+def test_a_kill_at_any_byte_of_running_again_loses_no_other_method(tmp_path: Path):
+    begun(tmp_path)
+    before = (tmp_path / FILE).read_bytes()
+    changed = {**PLAN, "method": {"a": {"rate": 2}}}
+    cells(tmp_path, changed, ("a",))
+    after = (tmp_path / FILE).read_bytes()
+    assert after.startswith(before)
+    dropped = len(before) + after[len(before) :].index(b"\n") + 1
+    for size in (*range(len(before), len(after), 7), dropped - 1, dropped):
+        (tmp_path / FILE).write_bytes(after[:size])
+        kept = (
+            {"before", "a-b sequential"}
+            if size >= dropped
+            else {"before", "a single", "a sequential", "a-b sequential"}
+        )
+        if size >= dropped:
+            assert cells(tmp_path, changed) == kept
+        else:
+            assert cells(tmp_path) == kept
+            assert cells(tmp_path, changed, ("a",)) == {"before", "a-b sequential"}
+
+
 def test_two_processes_do_not_write_in_one_folder(tmp_path: Path):
     with opened(tmp_path, {}), pytest.raises(UsageError, match="another process"), opened(tmp_path, {}):
         pass

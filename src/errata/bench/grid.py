@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +33,12 @@ Telling = Callable[[str, int], Any]
 
 
 def run_grid(
-    plan: Plan, lm: LM, cases: Sequence[Case], folder: Path | None = None, telling: Telling | None = None
+    plan: Plan,
+    lm: LM,
+    cases: Sequence[Case],
+    folder: Path | None = None,
+    telling: Telling | None = None,
+    again: Collection[str] = (),
 ) -> Results:
     """Run every method in every regime.
 
@@ -44,6 +49,7 @@ def run_grid(
         folder: where the journal is kept; a run that was broken off there goes on, and one with other methods or
             regimes is added to.
         telling: told of each cell.
+        again: methods to run anew, whatever the folder has of them.
 
     Raises:
         UsageError: the folder holds another run.
@@ -54,7 +60,7 @@ def run_grid(
     ability = Ability.of(plan.text, plan.tasks)
     judge = Judge.of(plan.judge) if plan.judge else None
     asked = [with_openings(c) for c in cases] if plan.openings else cases
-    with _asking(plan), _journal(folder, plan, chosen, made) as journal:
+    with _asking(plan), _journal(folder, plan, chosen, made, again) as journal:
         plan = _grown(plan, journal)
         chosen |= {name: method(name)(**frozen(plan.method[name])) for name in plan.method if name not in chosen}
         if folder is not None:
@@ -132,7 +138,7 @@ def _judged(report: Report, judge: Judge, journal: Journal, seed: int) -> Report
 
 @contextmanager
 def _journal(
-    folder: Path | None, plan: Plan, chosen: Mapping[str, Method], made: Mapping[str, Any]
+    folder: Path | None, plan: Plan, chosen: Mapping[str, Method], made: Mapping[str, Any], again: Collection[str]
 ) -> Iterator[Journal]:
     settings = {name: asdict(one) for name, one in chosen.items()}
     decided = {**asdict(replace(plan, device=None)), "method": settings, **made}
@@ -141,7 +147,7 @@ def _journal(
     if folder is None:
         yield Journal(records=[{"kind": "run", "plan": decided}])
         return
-    with opened(folder, decided) as journal:
+    with opened(folder, decided, again) as journal:
         yield journal
 
 

@@ -159,7 +159,7 @@ class _Run:
             out += found
             self._keep("group", outcomes=_plain(found), together=together)
             self._tell(len(out))
-        return "single", _some(out)
+        return "single", self._some(out)
 
     def batches(self) -> tuple[str, list[Outcome]]:
         return self._halving(self._batches)
@@ -175,7 +175,7 @@ class _Run:
             out += found
             self._keep("group", outcomes=_plain(found))
             self._tell(len(out))
-        return f"batch={self.batch}", _some(out)
+        return f"batch={self.batch}", self._some(out)
 
     def sequential(self, prior: Patch | None) -> tuple[str, list[Outcome]]:
         return self._halving(lambda: self._sequence(prior))
@@ -204,7 +204,7 @@ class _Run:
                 self._keep_patch(patch, failed)
                 kept = time.perf_counter()
             self._look_back(patch, failed)
-        return "sequential", _some(self._last_answers(patch, failed))
+        return "sequential", self._some(self._last_answers(patch, failed))
 
     def _last_answers(self, patch: Patch, failed: list[ErrataError | None]) -> list[Outcome]:
         """What is answered when all edits are made, slice by slice."""
@@ -379,6 +379,14 @@ class _Run:
             if path is not None:
                 path.unlink(missing_ok=True)
 
+    def _some(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """The outcomes, if there is one: where every edit fails, the reason is not in the edits, and may be cured."""
+        failed = [o for o in outcomes if isinstance(o, ErrataError)]
+        if len(failed) == len(outcomes):
+            self.journal.drop()
+            raise failed[0]
+        return outcomes
+
     def _kept(self, done: int) -> Patch:
         path = self.journal.state(done)
         return Patch.load(path) if path is not None else Patch()
@@ -427,14 +435,6 @@ def _struck(made: Counter[Edit], case: Case) -> bool:
     if found:
         made.subtract(wanted)
     return found
-
-
-def _some(outcomes: list[Outcome]) -> list[Outcome]:
-    """The outcomes, if there is one: where every edit fails, the reason is not in the edits."""
-    failed = [o for o in outcomes if isinstance(o, ErrataError)]
-    if len(failed) == len(outcomes):
-        raise failed[0]
-    return outcomes
 
 
 def _plain(outcomes: Sequence[Outcome]) -> list[Any]:

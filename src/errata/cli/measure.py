@@ -48,6 +48,10 @@ def bench(
             "--out", "-o", help="A folder for journal and reports (the same command goes on there), or a .json file."
         ),
     ] = None,
+    again: Annotated[
+        str | None,
+        typer.Option("--again", help="Methods to measure anew, separated by commas, whatever --out has of them."),
+    ] = None,
     bad: Annotated[str | None, typer.Option("--bad", help="A malformed row: skip (and count) it, or fail.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the intervals.")] = None,
     openings: Annotated[
@@ -78,6 +82,8 @@ def bench(
     if compare is not None:
         _compare(compare, as_json)
         return
+    anew = _names(again)
+    method = method or (None if run else again)
     given = dict(model=model, data=data, method=method, regime=regime, n=n, batch=batch, bad=bad, seed=seed)
     given |= dict(dtype=dtype, device=device, openings=openings, tasks=tasks, chat=chat)
     given |= dict(text=None if text is None else str(text), judge=_judge(judge))
@@ -86,11 +92,12 @@ def bench(
     plan, made_with = _plan(None if recipe else run, given, assignments)
     if recipe is not None:
         plan = _with_settings(recipe.plan(**given), assignments)
-    _check(plan)
-    if out is not None and out.suffix == ".json":
+    folder = None if out is None or out.suffix == ".json" else out
+    _check(plan, anew, folder)
+    if folder is None:
         shell.check_writable(out)
-    with shell.resumable(None if out is None or out.suffix == ".json" else out):
-        results = _measured(plan, made_with, out)
+    with shell.resumable(folder, "the same command without --again" if anew else "the same command"):
+        results = _measured(plan, made_with, out, folder, anew)
     if recipe is None:
         shell.give(results.to_dict(), lambda: [results.table()], as_json)
     else:
@@ -135,7 +142,7 @@ def _plan(words: list[str] | None, given: dict[str, Any], assignments: list[str]
     if words and len(words) > 1:
         raise UsageError(f"expected one run file, found {' '.join(words)!r}; see errata bench --help")
     plan, made_with = Plan.load(words[0]) if words else (Plan(), {})
-    if not [name for name in given.get("method", "all").split(",") if name.strip()]:
+    if not _names(given.get("method", "all")):
         raise UsageError("--method names none; give one, or several separated by commas")
     asked = Plan.of(given, "the options")
     plan = replace(plan, **{name: getattr(asked, name) for name in given})
@@ -155,8 +162,12 @@ def _chosen(name: str, assignments: list[str]) -> dict[str, Any]:
     return settings.read(method(name), assignments)
 
 
-def _check(plan: Plan) -> None:
-    """Find out before anything is loaded whether the methods exist and have such settings."""
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _check(plan: Plan, again: list[str], folder: Path | None) -> None:
+    """Find out before anything is loaded whether the methods exist, have such settings, and can be run anew."""
     from dataclasses import fields
 
     from ..errors import unknown
@@ -167,9 +178,16 @@ def _check(plan: Plan) -> None:
         for setting in settings:
             if setting not in known:
                 raise unknown(f"setting of {name}", setting, known)
+    for name in again:
+        if name not in plan.method:
+            raise unknown("method in this run", name, plan.method)
+    if again and folder is None:
+        raise UsageError("--again measures a method of a folder anew; give the folder with --out")
 
 
-def _measured(plan: Plan, made_with: dict[str, Any], out: Path | None) -> Results:
+def _measured(
+    plan: Plan, made_with: dict[str, Any], out: Path | None, folder: Path | None, again: list[str]
+) -> Results:
     """Run it, and write what was found."""
     from .. import bench as measure
     from .. import data as sets
@@ -180,8 +198,7 @@ def _measured(plan: Plan, made_with: dict[str, Any], out: Path | None) -> Result
     lm = shell.load(plan.model, plan.dtype, plan.device)
     found = what_it_is(lm, cases)
     check_made_with(made_with, found, "the run")
-    folder = None if out is None or out.suffix == ".json" else out
-    results = measure.run_grid(plan, lm, cases, folder, progress)
+    results = measure.run_grid(plan, lm, cases, folder, progress, again)
     if folder is not None:
         results.write(folder)
         shell.wrote(folder)

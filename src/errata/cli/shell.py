@@ -117,13 +117,13 @@ def wrote(path: Path) -> str:
 
 
 @contextmanager
-def resumable(place: Path | None) -> Iterator[None]:
-    """While inside, whoever interrupts is told that the same command goes on from a file or folder, if it is there."""
+def resumable(place: Path | None, what: str = "the same command") -> Iterator[None]:
+    """While inside, whoever interrupts is told what goes on from a file or folder, if it is there."""
     try:
         yield
     except KeyboardInterrupt:
         if place is not None and place.exists():
-            written.append(f"the same command goes on from {place}")
+            written.append(f"{what} goes on from {place}")
         raise
 
 
