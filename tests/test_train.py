@@ -96,6 +96,30 @@ def test_the_rate_falls_to_zero_in_the_last_steps():
     assert course.rate_at(9) == pytest.approx(0.025)
 
 
+def test_accumulated_batches_are_one_batch_where_cases_do_not_share_an_update(lm: LM):
+    """Of what doesn't hang on the batch: questions are drawn batch by batch."""
+
+    class Plain(MEND):
+        def learn(self, lm, network, cases, draw):
+            (p,) = [p for n, p in network.named_parameters() if n.endswith("log_rate")]
+            loss = (p * sum(c.id for c in cases) / len(cases)).sum()
+            loss.backward()
+            return {"total": loss.item()}
+
+    def trained(batch: int, accumulate: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+        losses: list[float] = []
+        course = dataclasses.replace(COURSE, batch=batch, accumulate=accumulate, steps=3, every=3)
+        found = Plain(at=(1,), rank=8).train(
+            lm, tiny.cases(), course, progress=lambda _, x, held: losses.append(x["total"]) if not held else None
+        )
+        return dict(found.tensors), losses
+
+    (one, once), (several, often) = trained(8, 1), trained(2, 4)
+    assert once == pytest.approx(often, rel=1e-5)
+    assert all(torch.allclose(t, several[name], rtol=1e-5) for name, t in one.items())
+    assert len(set(once)) == 3
+
+
 def test_precision_is_of_the_training_alone(lm: LM, monkeypatch: pytest.MonkeyPatch):
     asked = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)

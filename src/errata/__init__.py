@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         SERAC,
         AlphaEdit,
         Retrieval,
+        RLEdit,
         UltraEdit,
     )
     from .patch import Patch
@@ -64,7 +65,7 @@ _WHERE = {
     "sequential": "method",
     **dict.fromkeys(("ROME", "RROME", "MEMIT", "EMMET", "PMET", "AlphaEdit", "KN"), "methods"),
     **dict.fromkeys(("FT", "FTL", "FTM", "GRACE", "WISE", "UltraEdit", "MEND", "MALMEN", "KE"), "methods"),
-    **dict.fromkeys(("MELO", "LoRA"), "methods"),
+    **dict.fromkeys(("MELO", "LoRA", "RLEdit"), "methods"),
     **dict.fromkeys(("IKE", "ICE", "Retrieval", "SERAC"), "methods"),
     "Case": "data",
     "Probe": "data",
@@ -107,6 +108,7 @@ __all__ = [
     "Probe",
     "Report",
     "Retrieval",
+    "RLEdit",
     "Site",
     "UltraEdit",
     "UsageError",

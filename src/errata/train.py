@@ -47,6 +47,8 @@ class Course:
     """Batches at most."""
     batch: int = 16
     """Cases in a batch."""
+    accumulate: int = 1
+    """Batches that a step is taken after, for the mean of their gradients: a step's cases need not fit in memory."""
     rate: float = 1e-3
     """Adam's learning rate."""
     fall: float = 0.0
@@ -246,9 +248,17 @@ class _Training:
 
     def _learn(self) -> None:
         draw = random.Random(f"{self.course.seed}/{self.step}")
-        batch = draw.sample(self.taught, min(self.course.batch, len(self.taught)))
+        each, n = self.course.batch, min(self.course.batch * self.course.accumulate, len(self.taught))
+        cases = draw.sample(self.taught, n)
+        batches = [cases[i : i + each] for i in range(0, n, each)]
         self.optimiser.zero_grad()
-        losses = self.method.learn(self.lm, self.network, batch, draw)
+        losses: Losses = {}
+        for batch in batches:
+            for name, loss in self.method.learn(self.lm, self.network, batch, draw).items():
+                losses[name] = losses.get(name, 0.0) + loss / len(batches)
+        for p in self.network.parameters():
+            if p.grad is not None:
+                p.grad /= len(batches)
         if not math.isfinite(losses["total"]):
             raise ErrataError(f"the loss of step {self.step} is {losses['total']}; train with a lower rate")
         clip_grad_norm_(self.network.parameters(), self.course.clip)
@@ -314,7 +324,8 @@ class _Training:
                 raise UsageError(
                     f"{str(self.out)!r} holds the unfinished training of another {what}; give another file"
                 )
-        if any(kept.about["training"][k] != self._about()["training"][k] for k in ("course", "data")):
+        begun, now = kept.about["training"], self._about()["training"]
+        if {**asdict(Course()), **begun["course"]} != now["course"] or begun["data"] != now["data"]:
             raise UsageError(f"{str(self.out)!r} holds an unfinished training on other terms; give another file")
         self.step, self.looks = kept.about["progress"]["step"], list(kept.about["training"]["losses"])
         self.network.load_state_dict(_under(kept.tensors, "now/"))

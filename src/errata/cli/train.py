@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,12 +32,23 @@ def train(
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Only the first so many cases of each.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=0, help="Batches at most.")] = None,
     batch: Annotated[int | None, typer.Option("--batch", "-b", min=1, help="Cases in a batch.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option("--accumulate", min=1, help="Batches a step, where all its cases don't fit in memory.")
+    ] = None,
     rate: Annotated[float | None, typer.Option("--rate", help="Adam's learning rate.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the split, the network and the draws.")] = None,
     start: Annotated[
         str | None, typer.Option("--start", help="An editor to go on from, in place of a new one.")
     ] = None,
     log: Annotated[Path | None, typer.Option("--log", help="A JSON-lines file of every step's losses.")] = None,
+    tracker: Annotated[
+        str | None,
+        typer.Option(
+            "--tracker",
+            help="The losses also go to tensorboard (in runs/ beside --out), wandb, trackio or another installed "
+            "tracker that accelerate knows.",
+        ),
+    ] = None,
     assignments: options.Settings = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -48,17 +59,25 @@ def train(
     A training that is stopped goes on from its last checkpoint, to the same numbers.
     """
     kind = _kind(method)
+    from ..track import Tracker
     from . import settings
 
     chosen = settings.read(kind, assignments or ())
     shell.check_writable(out)
     shell.check_writable(log)
+    track = Tracker(tracker, out.parent / "runs") if tracker else None
     cases = [case for name in data or ["almanac-facts"] for case in _cases(name, n)]
     lm = shell.load(model, dtype, device)
     how = kind.preset(lm, **chosen)
-    course = _course(how, lm, {"steps": steps, "batch": batch, "rate": rate, "seed": seed, "start": start})
-    with shell.resumable(out), _progress(course.steps) as tell:
-        found = how.train(lm, cases, course, out=out, log=log, progress=tell)
+    given = {"steps": steps, "batch": batch, "accumulate": accumulate, "rate": rate, "seed": seed, "start": start}
+    course = _course(how, lm, given)
+    run = f"errata-{how.name}", {"model": lm.name, **asdict(how), **asdict(course)}
+    with (
+        shell.resumable(out),
+        _progress(course.steps) as bar,
+        track.following(*run) if track else nullcontext() as told,
+    ):
+        found = how.train(lm, cases, course, out=out, log=log, progress=_all(bar, told))
     shell.wrote(out)
     result = {"editor": str(out), "bytes": out.stat().st_size, **found.about}
     shell.give(result, lambda: _shown(result), as_json)
@@ -112,6 +131,16 @@ def _progress(steps: int) -> Iterator[Progress | None]:
             bar.update(task, completed=step, description="; ".join(filter(None, seen.values())))
 
         yield tell
+
+
+def _all(*told: Progress | None) -> Progress:
+    """Tell each of those that there are."""
+
+    def tell(step: int, losses: Losses, held: bool) -> None:
+        for one in filter(None, told):
+            one(step, losses, held)
+
+    return tell
 
 
 def _shown(result: dict[str, Any]) -> list[RenderableType]:

@@ -19,6 +19,7 @@ from .memit import MEMIT
 from .mend import MEND
 from .pmet import PMET
 from .r_rome import RROME
+from .rledit import RLEdit
 from .rome import ROME
 from .serac import SERAC
 from .ultraedit import UltraEdit
@@ -46,6 +47,7 @@ __all__ = [
     "SERAC",
     "AlphaEdit",
     "Retrieval",
+    "RLEdit",
     "UltraEdit",
 ]
 

@@ -31,6 +31,10 @@ TOGETHER = 32
 """Cases whose questions are asked in one pass of training. Changes the memory, not the result."""
 
 
+Sums = dict[str, tuple[Tensor, Tensor]]
+"""By matrix: K^T K + ridge I, (d_in, d_in), and V^T K, (d_out, d_in); float64."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MALMEN(MEND, name="malmen"):
     """dW = V^T K (K^T K + ridge I)^-1, with v = -rate (k . k~) g~ for every token of every edit (eq. 2 and 3)."""
@@ -60,29 +64,26 @@ class MALMEN(MEND, name="malmen"):
         return Patch({name: (Dense(owners, update.cpu()),) for name, update in found.items()})
 
     def learn(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
-        sites, basis = places(lm, self.at), network["basis"]
-        seen = list(map(basis.seen, in_passes(lm, sites, [c.edit for c in cases], self.tokens)))
-        with torch.no_grad():
-            found = solved(normal(network, sites, seen))
-        deltas = {name: update.float().requires_grad_() for name, (_, update) in found.items()}
-        parts = self._asked(lm, basis, sites, deltas, cases, draw)
-        for site, net, number in numbered(network, sites):
-            A, update = found[site.name]
-            grad = deltas[site.name].grad
-            assert grad is not None
-            M = torch.linalg.solve(A, grad.to(A).T).T  # the gradient of V^T K
-            ridge = net.log_ridge[number]
-            (-(M * update).sum().to(ridge) * ridge.detach().exp() * ridge).backward()
-            for taps in seen:
-                K = taps.K[site.name]
-                (net.values(K, taps.G[site.name], number) * (K @ M.T.to(K))).sum().backward()
+        sites = places(lm, self.at)
+        seen, found, deltas = self._joined(lm, network, sites, cases)
+        parts = self._asked(lm, network["basis"], sites, deltas, cases, draw)
+        teach(network, sites, seen, found, deltas)
         return parts
 
     def judge(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
-        sites, basis = places(lm, self.at), network["basis"]
-        sums = normal(network, sites, map(basis.seen, in_passes(lm, sites, [c.edit for c in cases], self.tokens)))
-        deltas = {n: update.float() for n, (_, update) in solved(sums).items()}
-        return self._asked(lm, basis, sites, deltas, cases, draw)
+        sites = places(lm, self.at)
+        _, _, deltas = self._joined(lm, network, sites, cases)
+        return self._asked(lm, network["basis"], sites, deltas, cases, draw)
+
+    def _joined(
+        self, lm: LM, network: Any, sites: Sequence[Site], cases: Sequence[Case]
+    ) -> tuple[list[Taps], Sums, dict[str, Tensor]]:
+        """Of the model as it is now: taps of the cases' edits, what was solved, and the updates, to take gradients."""
+        edits, basis = [c.edit for c in cases], network["basis"]
+        seen = list(map(basis.seen, in_passes(lm, sites, edits, self.tokens)))
+        with torch.no_grad():
+            found = solved(normal(network, sites, seen))
+        return seen, found, {name: update.float().requires_grad_() for name, (_, update) in found.items()}
 
     def _asked(
         self,
@@ -92,24 +93,24 @@ class MALMEN(MEND, name="malmen"):
         deltas: Mapping[str, Tensor],
         cases: Sequence[Case],
         draw: random.Random,
+        times: float = 1.0,
     ) -> Losses:
-        """The losses of one update shared by all cases; where it takes gradients, they are left in it."""
+        """The losses of one update shared by all cases; where it takes gradients, they are left in it.
+
+        All are multiplied by `times`.
+        """
         found = {"total": 0.0, "edit": 0.0, "stay": 0.0}
         for start in range(0, len(cases), TOGETHER):
             some = cases[start : start + TOGETHER]
             asked = questions(lm, some, draw)
             with weights(sites, {name: basis.out(name, delta) for name, delta in deltas.items()}):
                 edit, stay = losses(lm, asked)
-            total, share = self.weight * edit + stay, len(some) / len(cases)
+            total, share = self.weight * edit + stay, times * len(some) / len(cases)
             if total.requires_grad:
                 (share * total).backward()
             for name, value in (("total", total), ("edit", edit), ("stay", stay)):
                 found[name] += share * value.item()
         return found
-
-
-Sums = dict[str, tuple[Tensor, Tensor]]
-"""By matrix: K^T K + ridge I, (d_in, d_in), and V^T K, (d_out, d_in); float64."""
 
 
 def normal(network: Any, sites: Sequence[Site], passes: Iterable[Taps]) -> Sums:
@@ -135,3 +136,25 @@ def normal(network: Any, sites: Sequence[Site], passes: Iterable[Taps]) -> Sums:
 def solved(sums: Sums) -> Sums:
     """By matrix: the left side, and the update (d_out, d_in)."""
     return {name: (A, torch.linalg.solve(A, B.T).T) for name, (A, B) in sums.items()}
+
+
+def teach(network: Any, sites: Sequence[Site], seen: Sequence[Taps], found: Sums, deltas: Mapping[str, Tensor]) -> None:
+    """Carry the gradients in the updates on into the network's parameters.
+
+    Args:
+        network: whose answers were joined.
+        sites: the matrices.
+        seen: the taps it answered to, pass by pass.
+        found: what was solved with its answers.
+        deltas: the updates.
+    """
+    for site, net, number in numbered(network, sites):
+        A, update = found[site.name]
+        grad = deltas[site.name].grad
+        assert grad is not None
+        M = torch.linalg.solve(A, grad.to(A).T).T  # the gradient of V^T K
+        ridge = net.log_ridge[number]
+        (-(M * update).sum().to(ridge) * ridge.detach().exp() * ridge).backward()
+        for taps in seen:
+            K = taps.K[site.name]
+            (net.values(K, taps.G[site.name], number) * (K @ M.T.to(K))).sum().backward()
