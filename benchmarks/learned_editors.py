@@ -6,7 +6,7 @@ On almanac by its presets, facts of counterfact-mini. Editors are trained here, 
 an editor is no good, but it edits as fast as a good one, and a step takes what a step takes. Seconds are the
 processor's, which other work on the machine does not lengthen; `x ROME` is how many ROME edits, made one at a time in
 the same run, take as long. What is needed once for a model (contexts, moments, the editor's file) is there before the
-clock starts. Memory is the process' own beyond what it held before. Each measurement is a process of its own.
+clock starts. Memory is the process' own beyond what it held before. Training and editing are a process each.
 """
 
 from __future__ import annotations
@@ -32,19 +32,22 @@ UNIT = "rome"
 COLUMNS = ("one at a time", "x ROME", "at once", "x ROME", "MB", "a step", "1,000 cases", "x ROME", "MB")
 
 
-def edits(name: str, n: int, at_once: bool, editor: str | None) -> dict[str, float]:
-    """Seconds an edit, of n made one at a time or at once, and the peak."""
+def edits(name: str, n: int, editor: str | None) -> dict[str, dict[str, float]]:
+    """Seconds an edit and peaks, of n made one at a time and, by a method that can, at once."""
     lm = errata.load("almanac")
     facts = [c.edit for c in errata.data.load("counterfact-mini", n + 1)]
     method = errata.methods()[name].preset(lm, **({"editor": editor} if editor else {}))
     method.edit(lm, facts[n:])
-    found = _timed(lambda: method.edit(lm, facts[:n]) if at_once else [method.edit(lm, [f]) for f in facts[:n]])
-    return {"seconds": found["processor_seconds"] / n, "peak_mb": found["peak_mb"]}
+    ways = {"one at a time": lambda: [method.edit(lm, [fact]) for fact in facts[:n]]}
+    if method.batched:
+        ways["at once"] = lambda: method.edit(lm, facts[:n])
+    found = {way: _timed(do) for way, do in ways.items()}
+    return {way: {"seconds": one["processor_seconds"] / n, "peak_mb": one["peak_mb"]} for way, one in found.items()}
 
 
 def training(name: str, steps: int, batch: int, out: str) -> dict[str, float]:
     """Seconds of a step and of 1,000 cases, after what is done once, and the peak; `out` becomes the editor."""
-    lm, marks = errata.load("almanac"), [time.process_time()]
+    lm, marks = errata.load("almanac"), []
     cases = errata.data.load("almanac-facts", steps * batch + 40, part="train")
     method = errata.methods()[name].preset(lm, editor="")
     assert isinstance(method, Trained)
@@ -55,7 +58,7 @@ def training(name: str, steps: int, batch: int, out: str) -> dict[str, float]:
             marks.append(time.process_time())
 
     found = _timed(lambda: method.train(lm, cases, course, out=out, progress=mark))
-    step = (marks[-1] - marks[1]) / (steps - 1)  # the first has what is loaded once, and so much is done before it
+    step = (marks[-1] - marks[0]) / (steps - 1)  # the first has what is loaded once, and so much is done before it
     each = 1000 * step / batch
     return {"seconds_of_a_step": step, "seconds_of_1000_cases": each, "peak_mb": found["peak_mb"]}
 
@@ -66,24 +69,22 @@ def measured(name: str, given: argparse.Namespace, folder: str) -> dict[str, Any
     if kind.trained:
         editor = f"{folder}/{name}.safetensors"
         found["training"] = _one("training", name=name, steps=given.steps, batch=given.batch, out=editor)
-    for way in ("one at a time", "at once") if kind.batched else ("one at a time",):
-        found[way] = _one("edits", name=name, n=given.n, at_once=way == "at once", editor=editor)
-    return found
+    return {**found, **_one("edits", name=name, n=given.n, editor=editor)}
 
 
 def row(found: dict[str, Any], unit: float) -> list[str]:
     """The cells of a method, in the order of `COLUMNS`."""
 
-    def cells(part: str, *names: str, ratio: str) -> list[str]:
+    def cells(part: str, *names: str) -> list[str]:
         one = found.get(part)
-        return (
-            ["-"] * (len(names) + 1) if one is None else [_short(one[x]) for x in names] + [_short(one[ratio] / unit)]
-        )
+        if one is None:
+            return ["-"] * (len(names) + 1)
+        return [*(_short(one[name]) for name in names), _short(one[names[-1]] / unit)]
 
-    training = cells("training", "seconds_of_a_step", "seconds_of_1000_cases", ratio="seconds_of_1000_cases")
+    training = cells("training", "seconds_of_a_step", "seconds_of_1000_cases")
     peaks = [found.get(part, {}).get("peak_mb") for part in ("one at a time", "training")]
     edit, learn = ("-" if peak is None else f"{peak:.0f}" for peak in peaks)
-    both = cells("one at a time", "seconds", ratio="seconds") + cells("at once", "seconds", ratio="seconds")
+    both = cells("one at a time", "seconds") + cells("at once", "seconds")
     return [*both, edit, *training, learn]
 
 

@@ -101,7 +101,7 @@ def test_accumulated_batches_are_one_batch_where_cases_do_not_share_an_update(lm
 
     class Plain(MEND):
         def learn(self, lm, network, cases, draw):
-            (p,) = [p for n, p in network.named_parameters() if n.endswith("log_rate")]
+            p = next(p for n, p in network.named_parameters() if n.endswith("log_rate"))
             loss = (p * sum(c.id for c in cases) / len(cases)).sum()
             loss.backward()
             return {"total": loss.item()}

@@ -175,6 +175,8 @@ def small_settings(method: type[Method], lm: LM, corpus_file: str) -> Method:
             "hidden": 16,
             "step": 1.0 if method.name == "ke" else 1e-2,
             "weight": 1.0,
+            "tokens": "all",
+            "together": 2,
             "width": 64,
             "scope": 32,
         }

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 from .errors import UsageError, unknown
 from .train import Losses, Progress
@@ -29,7 +30,8 @@ class Tracker:
         except ImportError as error:
             raise UsageError(f"trackers are reached through accelerate; pip install accelerate {name}") from error
         try:
-            self.accelerator = Accelerator(log_with=name, project_dir=str(folder))
+            with catch_warnings(action="ignore"):  # what is not there is told below
+                self.accelerator = Accelerator(log_with=name, project_dir=str(folder))
         except ValueError as error:
             known = {str(one) for one in LoggerType} - {"all"}
             raise unknown("tracker", name, known) from error

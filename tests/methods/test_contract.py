@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -174,7 +175,8 @@ def test_6_the_same_seed_gives_the_same_patch(made: Made):
     """Pitfall 7 too: nothing that was computed for another model object has a part in it."""
     torch.manual_seed(12345)
     other = tiny.lm("gpt2" if made.lm.config.model_type != "gpt2" else "opt", seed=1)
-    dataclasses.replace(made.method, seed=7).prepare(other)
+    with suppress(errata.ErrataError):  # an editor that was trained for this model is refused there
+        dataclasses.replace(made.method, seed=7).prepare(other)
     fresh = LM(made.lm.model, made.lm.tokenizer, name="by another name")
     assert same(made.method.edit(fresh, [A]), made.patch)
 
