@@ -97,6 +97,20 @@ def test_gradients_of_a_replay_are_those_of_full_passes(kind: str):
     assert grads[0].abs().max() > 0
 
 
+def test_what_is_kept_for_the_way_back_does_not_hold_the_past_again():
+    lm = build("gpt2")
+    before = "It is known. " * 9
+    tokens = lm.encode([passage(e, f"{before}{{}}", e.target) for e in EDITS])
+    replay = Replay(lm, tokens, [lm.blocks[1]], tokens.subject)
+    past = {t.data_ptr() for layer in replay.past.kept[2:] for t in layer["whole"]}
+    width = replay.inputs["attention_mask"].shape[1]
+    kept: list[torch.Tensor] = []
+    delta = torch.zeros(len(tokens), lm.d_model, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        edited(lm, lm.blocks[1], replay, tokens, delta).sum().backward()
+    assert past == {t.data_ptr() for t in kept if t.ndim == 4 and t.shape[-2] == width}
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_architecture_is_replayed_and_not_fallen_back_on(kind: str):
     lm = build(kind)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .lm import LM
 
@@ -34,6 +36,7 @@ class Past:
 
     def keep(self, rows: Tensor) -> None:
         """From now on the batch is these rows of it."""
+        self.kept = []  # or all rows would be held until the last layer has let them go
         self.cache.batch_select_indices(rows)
         self._remember()
 
@@ -60,9 +63,44 @@ class Past:
         self.kept = [dict(vars(layer)) for layer in self.cache.layers]
 
 
+class _Roomy(DynamicLayer):
+    """Keys and values that a first pass leaves, with room behind them that every later pass writes over with its own.
+
+    Else each later pass joins the two in new tensors, and what is kept for the way back holds the past once more.
+    """
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.whole = columns, ()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._hold(pad(t, (0, 0, 0, self.columns)) for t in (key_states, value_states))
+            return key_states, value_states
+        keys, values = (t.detach() for t in self.whole)  # gradients flow to this pass, not to one before
+        keys[:, :, -self.columns :], values[:, :, -self.columns :] = key_states, value_states
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._hold(t[indices] for t in self.whole)
+
+    def _hold(self, whole: Iterable[Tensor]) -> None:
+        self.whole = tuple(whole)
+        self.keys, self.values = (t[:, :, : -self.columns] for t in self.whole)
+
+
 def empty(lm: LM) -> Any:
     """The cache of a model that has read nothing."""
     return DynamicCache(config=lm.model.config)
+
+
+def roomy(lm: LM, columns: int, layers: slice) -> Any:
+    """The same, where these layers leave room for so many tokens behind those that are read first."""
+    cache = empty(lm)
+    cache.layers[layers] = [_Roomy(columns) if type(x) is DynamicLayer else x for x in cache.layers[layers]]
+    return cache
 
 
 def takes_positions(lm: LM) -> bool:

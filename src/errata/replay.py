@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .lm import LM
-from .past import Past, empty, proven, takes_positions
+from .past import Past, empty, proven, roomy, takes_positions
 from .tokens import Tokens
 from .trace import outputs_of
 
@@ -78,10 +78,12 @@ class Replay:
         """The cache after the tokens before the start."""
         if not before:
             return empty(self.lm)
+        cache = roomy(self.lm, ids.shape[1] - before, slice(self.below, None))
         inputs = {"input_ids": ids[:, :before], "attention_mask": mask[:, :before]}
         if "position_ids" in self.inputs:
             inputs["position_ids"] = positions[:, :before]
-        return self.lm.model.get_decoder()(**inputs, use_cache=True).past_key_values
+        self.lm.model.get_decoder()(**inputs, use_cache=True, past_key_values=cache)
+        return cache
 
     def _pause(self, inside: Sequence[str]) -> list[tuple[list[nn.Module], Any]]:
         """Modules that have nothing new to say, and what they put out: the blocks below, and of the next one what is

@@ -1,9 +1,11 @@
 """The algebra of the updates: constraints are met, limits are reached, what is to be kept is kept."""
 
 import logging
+from itertools import accumulate
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from errata import ErrataError
 from errata.parts.solve import factor, null_space, projector, ridge, whiten
@@ -22,6 +24,16 @@ def problem():
 def test_whitening_is_the_inverse(problem):
     K, _, C = problem
     assert torch.allclose(whiten(factor(C), K) @ C.double(), K.double(), atol=1e-8)
+
+
+def test_factoring_and_solving_hold_no_matrix_besides_the_factor():
+    C = torch.eye(256) + 0.1
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        whiten(factor(C), C[:1])
+    assert seen.profiler is not None
+    found = sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held = accumulate(event.nbytes() for event in found if event.name() == "[memory]")
+    assert max(held) < 1.1 * C.numel() * 8
 
 
 def test_weight_0_meets_the_constraints(problem):

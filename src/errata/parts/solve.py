@@ -21,11 +21,12 @@ log = logging.getLogger(__name__)
 
 def factor(C: Tensor) -> Tensor:
     """The Cholesky factor L of C + eps * mean(diag C) * I, (d, d) float64, with the least eps that keeps it steady."""
-    C = C.to(torch.float64, copy=True)  # of matrices as large as this one, memory holds it and L
-    diagonal = C.diagonal().clone()
+    mean = C.diagonal().double().mean()
+    failed = torch.empty((), dtype=torch.int32, device=C.device)
     for eps in (0.0, 1e-10, 1e-8, 1e-6, 1e-4):
-        C.diagonal().copy_(diagonal + eps * diagonal.mean())
-        L, failed = torch.linalg.cholesky_ex(C)
+        L = C.to(torch.float64, copy=True).mT  # laid out by columns it is factored in place: no other is held
+        L.diagonal().add_(eps * mean)
+        torch.linalg.cholesky_ex(L, out=(L, failed))
         steady = L.diagonal().min() > 1e-6 * L.diagonal().max()  # else solving loses half of float64's digits
         if not failed and steady:
             if eps:
@@ -36,7 +37,8 @@ def factor(C: Tensor) -> Tensor:
 
 def whiten(L: Tensor, K: Tensor) -> Tensor:
     """C^-1 k for every key: (n, d) in, (n, d) float64 out."""
-    return torch.cholesky_solve(K.to(L).T, L).T
+    half = torch.linalg.solve_triangular(L, K.to(L).T, upper=False)  # `cholesky_solve` would copy L
+    return torch.linalg.solve_triangular(L.mT, half, upper=True).T
 
 
 def ridge(K: Tensor, R: Tensor, L: Tensor, weight: float = 0.0) -> LowRank:
