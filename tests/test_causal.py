@@ -108,6 +108,13 @@ def test_windows_are_centred_and_cut_at_the_ends():
     assert causal._window(11, 4, 12) == range(9, 12)
 
 
+@pytest.mark.parametrize("window", [0, 99])
+def test_a_window_that_the_model_has_not_is_refused(window):
+    lm = tiny.lm("gpt2")
+    with pytest.raises(UsageError, match=f"window={window} can't be used; .* has {len(lm.blocks)} layers"):
+        causal.trace(lm, FACT, window=window)
+
+
 # Many facts
 
 

@@ -339,6 +339,7 @@ def test_trace_that_cannot_be_drawn_is_refused_before_the_work(sh: Any, no_model
     refused(sh(*fact, "--plot", tmp_path / "no" / "map.png"), 2, "can't be written")
     refused(sh("trace", "--data", "counterfact-mini", "--subject", SUBJECT), 2, "--data has the facts")
     refused(sh("trace", PROMPT), 2, "give a fact")
+    refused(sh(*fact, "--n", "3"), 2, "--n counts the facts of --data")
 
 
 def test_stats_are_kept_for_the_next_edit(ok: Any, sh: Any, model: str, corpus_file: str, monkeypatch: Any):

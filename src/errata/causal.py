@@ -271,12 +271,14 @@ def _traced(
     draws: int = 10,
     seed: int = 0,
 ) -> Trace:
-    places = _places(lm, kinds)
-    width = window or max(1, round(10 / 48 * len(lm.blocks)))
+    places, depth = _places(lm, kinds), len(lm.blocks)
+    width = max(1, round(10 / 48 * depth)) if window is None else window
+    if not 1 <= width <= depth:
+        raise UsageError(f"window={width} can't be used; {lm.name} has {depth} layers")
     with lm.frozen(), torch.no_grad():
         question = _question(lm, edit, answer)
         run = _Corrupted(lm, question, _noise(lm, question, draws, noise, seed))
-        nothing = torch.zeros(1, len(lm.blocks), question.prompt, dtype=torch.bool)
+        nothing = torch.zeros(1, depth, question.prompt, dtype=torch.bool)
         return Trace(
             edit=edit,
             answer=answer or lm.tokenizer.decode(question.wanted).strip(),

@@ -75,6 +75,8 @@ def _facts(prompt: str | None, subject: str | None, answer: str | None, data: st
 
     if data and (prompt or subject or answer):
         raise UsageError("--data has the facts; leave the prompt, --subject and --answer out")
+    if n is not None and not data:
+        raise UsageError("--n counts the facts of --data; leave it out, or name the facts")
     if data:
         from .. import data as sets
 
