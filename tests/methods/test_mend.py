@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from errata import KE, MALMEN, MEND
-from errata.methods.malmen import normal, solved
+from errata.methods.malmen import solved
+from errata.methods.mend import numbered
 from errata.parts import outer
 from errata.parts.outer import losses, own, questions, weights
 from errata.parts.taps import change, places, tap
@@ -17,10 +18,12 @@ from tests import tiny
 WHERE = {"at": (0, "model.layers.2.mlp.down_proj"), "step": 1e-2}
 MADE = {
     "mend": MEND(**WHERE, rank=4),
-    "mend, white": MEND(at=WHERE["at"], step=1e-3, rank=4, whiten=True, tokens="subject"),
+    "mend, white": MEND(at=WHERE["at"], step=2e-4, rank=4, whiten=True, tokens="subject"),
     "ke": KE(**WHERE, hidden=8),
     "malmen": MALMEN(**WHERE, rank=4),
     "malmen, white": MALMEN(**WHERE, rank=4, whiten=True),
+    "mend, polyak": MEND(at=WHERE["at"], step=1.0, rank=4, tokens="target", polyak=True),
+    "malmen, polyak": MALMEN(at=WHERE["at"], step=0.1, rank=4, polyak=True),
 }
 
 
@@ -40,7 +43,7 @@ def stirred(how, lm):
     return network
 
 
-@pytest.mark.parametrize("name", ["mend", "mend, white", "ke"])
+@pytest.mark.parametrize("name", ["mend", "mend, white", "mend, polyak", "ke"])
 def test_training_sees_each_edit_as_its_own_patch(lm, name):
     how, cases = MADE[name], tiny.cases()[:3]
     with lm.frozen(), torch.no_grad():
@@ -72,7 +75,26 @@ def test_mends_batch_is_the_sum_of_its_edits(lm):
         torch.testing.assert_close(left.T @ right, wanted, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["malmen", "malmen, white"])
+def test_polyaks_step_would_take_every_loss_to_zero_were_it_linear(lm):
+    """An edit goes as far as its own loss asks for: what the gradient says of its update is -step times the loss."""
+    how, edits = MADE["mend, polyak"], list(tiny.EDITS)
+    with lm.frozen(), torch.no_grad():
+        network, sites = how.network(lm), places(lm, how.at)
+        how.fit(lm, network, tiny.cases())
+        for _, net, _ in numbered(network, sites):
+            net.normal.mean.zero_()
+        seen = network["basis"].seen(tap(lm, sites, edits, how.tokens))
+        found = how.factors(lm, network, sites, seen, edits)
+    told = torch.zeros(len(edits))
+    for site in sites:
+        owner, left, right = found[site.name]
+        told.index_add_(0, owner, (left * seen.G[site.name]).sum(1) * (right * seen.K[site.name]).sum(1))
+    loss = torch.stack([seen.loss[seen.owner == i][0] for i in range(len(edits))])
+    assert loss.max() > 1.05 * loss.min()
+    torch.testing.assert_close(told, -how.step * loss, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["malmen", "malmen, white", "malmen, polyak"])
 def test_malmens_decoupled_gradients_are_those_of_the_whole_graph(lm, name):
     """The network learns the same as if the loss had been differentiated through everything at once."""
     how, cases = MADE[name], tiny.cases()[:4]
@@ -80,7 +102,7 @@ def test_malmens_decoupled_gradients_are_those_of_the_whole_graph(lm, name):
         network, sites = stirred(how, lm), places(lm, how.at)
         basis = network["basis"]
         seen = basis.seen(tap(lm, sites, [c.edit for c in cases], how.tokens))
-        found = solved(normal(network, sites, [seen]))
+        found = solved(how.normal(network, sites, [seen]))
         asked = questions(lm, cases, random.Random(0))
         with weights(sites, {n: basis.out(n, update.float()) for n, (_, update) in found.items()}):
             edit, stay = losses(lm, asked)
@@ -100,7 +122,7 @@ def test_malmens_batch_weighs_no_edit_less_for_its_company(lm):
         network, sites = stirred(how, lm), places(lm, how.at)
         site = sites[0]
         every = tap(lm, sites, edits, how.tokens)
-        update = solved(normal(network, sites, [every]))[site.name][1]
+        update = solved(how.normal(network, sites, [every]))[site.name][1]
         net = network["x".join(map(str, site.shape))]
         K, V = every.K[site.name].double(), net.values(every.K[site.name], every.G[site.name], 0).double()
         A = torch.cat([K, (net.log_ridge[0].double() / 2).exp() * torch.eye(K.shape[1]).double()])

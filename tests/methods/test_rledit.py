@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from errata import LM, MALMEN, RLEdit
-from errata.methods.malmen import normal, solved
+from errata.methods.malmen import solved
 from errata.parts.outer import losses, questions, weights
 from errata.parts.taps import places, tap
 from errata.train import Course
@@ -57,7 +57,7 @@ def test_gradients_are_those_of_the_whole_objective(lm, how):
         for t in range(3):
             with weights(sites, moved):
                 seen = basis.seen(tap(lm, sites, [c.edit for c in cases[2 * t : 2 * t + 2]], how.tokens))
-                found = solved(normal(network, sites, [seen]))
+                found = solved(how.normal(network, sites, [seen]))
                 made = {n: basis.out(n, update.float()) for n, (_, update) in found.items()}
                 for k in range(min(how.back, t + 1)):
                     asked = questions(lm, cases[2 * (t - k) : 2 * (t - k) + 2], draw)

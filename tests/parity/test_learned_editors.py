@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from errata import MALMEN, MEND
 from errata.lm import Site
-from errata.methods.malmen import normal, solved
+from errata.methods.malmen import solved
 from errata.parts.basis import Basis
 from errata.parts.hyper import Layer, TapNet
 from errata.parts.taps import Taps
@@ -47,7 +47,7 @@ def statistics(net: TapNet, n: Tensor, mean: Tensor, squares: Tensor) -> None:
 def seen(given: dict[str, Tensor], rows: slice = slice(None)) -> Taps:
     K, G = ({name: given[f"{i}/{side}"][rows] for i, name in enumerate("ab")} for side in "KG")
     m = len(K["a"])
-    return Taps(torch.zeros(m, dtype=torch.long), torch.arange(m), K, G)
+    return Taps(torch.zeros(m, dtype=torch.long), torch.arange(m), K, G, torch.ones(m))
 
 
 def test_mends_update_is_the_authors():
@@ -86,7 +86,7 @@ def test_malmens_update_is_the_authors_in_any_passes(malmen, sizes):
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     passes = [seen(given, slice(a, a + n)) for a, n in zip(starts, sizes, strict=True)]
     with torch.no_grad():
-        found = solved(normal(nets, SITES, passes))
+        found = solved(MALMEN(at=("a", "b")).normal(nets, SITES, passes))
     for i, site in enumerate(SITES):
         wanted = given[f"{i}/update"]
         torch.testing.assert_close(

@@ -66,6 +66,7 @@ def _row(part: str, fact: Fact, target: str, alike: list[Fact], facts: list[Fact
     if part == "train" and draw.random() < NAMESAKES:
         near.append(_namesake(fact, facts, draw))
     if part == "train" and draw.random() < STRANGERS:
+        near += [fact] * 2  # whose name the made-up one was taken from
         fact = _namesake(fact, facts, draw)
     asked = [way for way in draw.sample(ways, min(4, len(ways))) if way != fact["prompt"]][:3]
     return {

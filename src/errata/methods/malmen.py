@@ -58,7 +58,7 @@ class MALMEN(MEND, name="malmen"):
         how, network = self.ready(lm)
         sites, basis = places(lm, how.at), network["basis"]
         with torch.no_grad():
-            sums = normal(network, sites, map(basis.seen, in_passes(lm, sites, edits, how.tokens)))
+            sums = how.normal(network, sites, map(basis.seen, in_passes(lm, sites, edits, how.tokens)))
         owners = torch.arange(len(edits))
         found = {name: basis.out(name, update.float()) for name, (_, update) in solved(sums).items()}
         return Patch({name: (Dense(owners, update.cpu()),) for name, update in found.items()})
@@ -67,7 +67,7 @@ class MALMEN(MEND, name="malmen"):
         sites = places(lm, self.at)
         seen, found, deltas = self._joined(lm, network, sites, cases)
         parts = self._asked(lm, network["basis"], sites, deltas, cases, draw)
-        teach(network, sites, seen, found, deltas)
+        self.teach(network, sites, seen, found, deltas)
         return parts
 
     def judge(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
@@ -82,8 +82,28 @@ class MALMEN(MEND, name="malmen"):
         edits, basis = [c.edit for c in cases], network["basis"]
         seen = list(map(basis.seen, in_passes(lm, sites, edits, self.tokens)))
         with torch.no_grad():
-            found = solved(normal(network, sites, seen))
+            found = solved(self.normal(network, sites, seen))
         return seen, found, {name: update.float().requires_grad_() for name, (_, update) in found.items()}
+
+    def normal(self, network: Any, sites: Sequence[Site], passes: Iterable[Taps]) -> Sums:
+        """The two sides of the normal equation, summed pass by pass."""
+        found: Sums = {}
+        rows = numbered(network, sites)
+        for site, net, number in rows:
+            d_out, d_in = site.shape
+            like = {"dtype": torch.float64, "device": net.log_ridge.device}
+            found[site.name] = (
+                net.log_ridge[number].double().exp() * torch.eye(d_in, **like),
+                torch.zeros(d_out, d_in, **like),
+            )
+        for taps in passes:
+            stride = self.stride(network, sites, taps)
+            for site, net, number in rows:
+                K = taps.K[site.name]
+                V = (net.values(K, taps.G[site.name], number) * stride).double()
+                A, B = found[site.name]
+                found[site.name] = A + K.double().T @ K.double(), B + V.T @ K.double()
+        return found
 
     def _asked(
         self,
@@ -112,49 +132,31 @@ class MALMEN(MEND, name="malmen"):
                 found[name] += share * value.item()
         return found
 
+    def teach(
+        self, network: Any, sites: Sequence[Site], seen: Sequence[Taps], found: Sums, deltas: Mapping[str, Tensor]
+    ) -> None:
+        """Carry the gradients in the updates on into the network's parameters.
 
-def normal(network: Any, sites: Sequence[Site], passes: Iterable[Taps]) -> Sums:
-    """The two sides of the normal equation, summed pass by pass."""
-    found: Sums = {}
-    rows = numbered(network, sites)
-    for site, net, number in rows:
-        d_out, d_in = site.shape
-        like = {"dtype": torch.float64, "device": net.log_ridge.device}
-        found[site.name] = (
-            net.log_ridge[number].double().exp() * torch.eye(d_in, **like),
-            torch.zeros(d_out, d_in, **like),
-        )
-    for taps in passes:
-        for site, net, number in rows:
-            K = taps.K[site.name]
-            V = net.values(K, taps.G[site.name], number).double()
-            A, B = found[site.name]
-            found[site.name] = A + K.double().T @ K.double(), B + V.T @ K.double()
-    return found
+        Args:
+            network: whose answers were joined.
+            sites: the matrices.
+            seen: the taps it answered to, pass by pass.
+            found: what was solved with its answers.
+            deltas: the updates.
+        """
+        for site, net, number in numbered(network, sites):
+            A, update = found[site.name]
+            grad = deltas[site.name].grad
+            assert grad is not None
+            M = torch.linalg.solve(A, grad.to(A).T).T  # the gradient of V^T K
+            ridge = net.log_ridge[number]
+            (-(M * update).sum().to(ridge) * ridge.detach().exp() * ridge).backward()
+            for taps in seen:
+                K = taps.K[site.name]
+                V = net.values(K, taps.G[site.name], number) * self.stride(network, sites, taps)
+                (V * (K @ M.T.to(K))).sum().backward()
 
 
 def solved(sums: Sums) -> Sums:
     """By matrix: the left side, and the update (d_out, d_in)."""
     return {name: (A, torch.linalg.solve(A, B.T).T) for name, (A, B) in sums.items()}
-
-
-def teach(network: Any, sites: Sequence[Site], seen: Sequence[Taps], found: Sums, deltas: Mapping[str, Tensor]) -> None:
-    """Carry the gradients in the updates on into the network's parameters.
-
-    Args:
-        network: whose answers were joined.
-        sites: the matrices.
-        seen: the taps it answered to, pass by pass.
-        found: what was solved with its answers.
-        deltas: the updates.
-    """
-    for site, net, number in numbered(network, sites):
-        A, update = found[site.name]
-        grad = deltas[site.name].grad
-        assert grad is not None
-        M = torch.linalg.solve(A, grad.to(A).T).T  # the gradient of V^T K
-        ridge = net.log_ridge[number]
-        (-(M * update).sum().to(ridge) * ridge.detach().exp() * ridge).backward()
-        for taps in seen:
-            K = taps.K[site.name]
-            (net.values(K, taps.G[site.name], number) * (K @ M.T.to(K))).sum().backward()

@@ -118,23 +118,34 @@ class MEND(TapEditor, name="mend"):
 
     first: First = "scale"
     """How the network's layers are built (`hyper.Layer`)."""
-    alone: bool = False
-    """Whether the network turns gradients alone and inputs stay as they are, so that it can't know the subjects it
-    learns from by heart. The authors' turns both."""
+    polyak: bool = False
+    """Whether an update is as long as its edit needs: the rates are in steps that would take the edit's loss to zero if
+    it went on falling as it begins to (Polyak's), so that an edit that needs little does little elsewhere. Without it,
+    as the authors have it, rates are all that length hangs on."""
 
     def factors(self, lm: LM, network: Any, sites: Sequence[Site], seen: Taps, edits: Sequence[Edit]) -> Factors:
         found: Factors = {}
+        stride = self.stride(network, sites, seen)
         for site, net, number in numbered(network, sites):
             k, g = net(seen.K[site.name], seen.G[site.name], number)
-            found[site.name] = seen.owner, -net.log_rate[number].exp() * g, k
+            found[site.name] = seen.owner, -net.log_rate[number].exp() * stride * g, k
         return found
+
+    def stride(self, network: Any, sites: Sequence[Site], seen: Taps) -> Tensor:
+        """What the rates are multiplied by at every token, (m, 1)."""
+        if not self.polyak:
+            return torch.ones_like(seen.loss)[:, None]
+        rows = numbered(network, sites)
+        falls = torch.stack([net.fall(seen.K[s.name], seen.G[s.name]) for s, net, _ in rows]).sum(0)
+        whole = falls.new_zeros(int(seen.owner.max()) + 1).index_add(0, seen.owner, falls)
+        return (seen.loss / whole[seen.owner])[:, None]
 
     net: ClassVar[type[TapNet]] = TapNet
 
     def nets(self, lm: LM) -> dict[str, nn.Module]:
         shapes = [site.shape for site in places(lm, self.at)]
         return {
-            _key(s): self.net(s[1], s[0], self.rank, self.depth, shapes.count(s), self.step, self.first, self.alone)
+            _key(s): self.net(s[1], s[0], self.rank, self.depth, shapes.count(s), self.step, self.first)
             for s in dict.fromkeys(shapes)
         }
 

@@ -18,7 +18,7 @@ from ..lm import LM
 from ..parts.outer import weights
 from ..parts.taps import Which, places
 from ..train import Losses
-from .malmen import MALMEN, teach
+from .malmen import MALMEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,6 @@ class RLEdit(MALMEN, name="rledit"):
             found["total"] += size.item()
             if learning:
                 size.backward()
-                teach(network, sites, seen, solved, deltas)
+                self.teach(network, sites, seen, solved, deltas)
             moved = {name: moved[name] + one.detach() for name, one in made.items()}
         return {name: value / len(steps) for name, value in found.items()}

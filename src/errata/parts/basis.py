@@ -20,7 +20,7 @@ from .taps import Taps
 
 STRANGERS = 3000
 """Made-up subjects that a moment is taken on: a few for each direction of an input."""
-RIDGE = 1e-2
+RIDGE = 1e-3
 """Of the moment's mean diagonal, added to it."""
 
 

@@ -32,9 +32,12 @@ class Normaliser(nn.Module):
         self.mean += away * len(x) / n
         self.n.copy_(n)
 
+    @property
+    def std(self) -> Tensor:
+        return (self.squares / (self.n - 1).clamp(min=1)).sqrt() + torch.finfo(self.mean.dtype).eps
+
     def forward(self, x: Tensor) -> Tensor:
-        std = (self.squares / (self.n - 1).clamp(min=1)).sqrt()
-        return (x - self.mean) / (std + torch.finfo(x.dtype).eps)
+        return (x - self.mean) / self.std
 
 
 class Layer(nn.Module):
@@ -63,33 +66,27 @@ class Layer(nn.Module):
 class TapNet(nn.Module):
     """What a token showed at a matrix, (k, g), turned into pseudo-(k, g): one network for all matrices of a shape."""
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        rank: int,
-        depth: int,
-        matrices: int,
-        rate: float,
-        first: First,
-        alone: bool = False,
-    ) -> None:
+    def __init__(self, d_in: int, d_out: int, rank: int, depth: int, matrices: int, rate: float, first: First) -> None:
         super().__init__()
         self.sizes = d_in, d_out
-        self.kept = d_in if alone else 0  # entries that the layers don't see
-        self.normal = Normaliser(d_in + d_out)
-        size = d_in + d_out - self.kept
+        size = d_in + d_out
+        self.normal = Normaliser(size)
         self.layers = nn.ModuleList(Layer(size, min(rank, size), matrices, first) for _ in range(depth))
         self.log_rate = nn.Parameter(torch.full((matrices,), rate).log())
 
     def forward(self, K: Tensor, G: Tensor, matrix: int) -> tuple[Tensor, Tensor]:
         """(m, d_in) and (m, d_out) in and out; `matrix` is its number among those of the shape."""
         y = self.normal(torch.cat([K, G], 1))
-        kept, y = y[:, : self.kept], y[:, self.kept :]
         for layer in self.layers:
             y = layer(y, matrix)
-        k, g = torch.cat([kept, y], 1).split(self.sizes, 1)
+        k, g = y.split(self.sizes, 1)
         return k, g
+
+    def fall(self, K: Tensor, G: Tensor) -> Tensor:
+        """How fast an edit's loss falls (m,), by a token of its, along what comes of it if the layers change nothing
+        (and the normaliser takes no mean away)."""
+        k, g = (torch.cat([K, G], 1) / self.normal.std).split(self.sizes, 1)
+        return (K * k).sum(1) * (G * g).sum(1)
 
 
 class RidgeNet(TapNet):

@@ -41,12 +41,8 @@ class Taps:
     """Inputs by matrix, (m, d_in) float32."""
     G: dict[str, Tensor]
     """Gradients at the outputs by matrix, (m, d_out) float32, of each edit's own loss: no edit weakens another."""
-
-    def of(self, edit: int) -> Taps:
-        """One edit's."""
-        own = self.owner == edit
-        parts = ({n: t[own] for n, t in side.items()} for side in (self.K, self.G))
-        return Taps(torch.zeros_like(self.owner[own]), self.place[own], *parts)
+    loss: Tensor
+    """(m,) float32: that of the edit that the token belongs to."""
 
 
 def places(lm: LM, at: Sequence[int | str]) -> list[Site]:
@@ -57,8 +53,9 @@ def places(lm: LM, at: Sequence[int | str]) -> list[Site]:
 def tap(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> Taps:
     """Tap a batch of edits, in as many passes as its tokens need."""
     found = list(in_passes(lm, sites, edits, which))
-    joined = ({n: torch.cat([getattr(t, side)[n] for t in found]) for n in found[0].K} for side in ("K", "G"))
-    return Taps(torch.cat([t.owner for t in found]), torch.cat([t.place for t in found]), *joined)
+    owner, place, loss = (torch.cat([getattr(t, part) for t in found]) for part in ("owner", "place", "loss"))
+    K, G = ({n: torch.cat([getattr(t, side)[n] for t in found]) for n in found[0].K} for side in ("K", "G"))
+    return Taps(owner, place, K, G, loss)
 
 
 def in_passes(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> Iterator[Taps]:
@@ -99,11 +96,12 @@ def _tapped(lm: LM, sites: Sequence[Site], tokens: Tokens, which: Which, start: 
     with ExitStack() as stack, torch.enable_grad():
         for site in sites:
             stack.callback(site.module.register_forward_hook(nudged(site.name)).remove)
-        loss = nll(lm.logits(*tokens.reads, **tokens.inputs), tokens).sum()
-        found = torch.autograd.grad(loss, [nudges[s.name] for s in sites])
+        loss = nll(lm.logits(*tokens.reads, **tokens.inputs), tokens)
+        found = torch.autograd.grad(loss.sum(), [nudges[s.name] for s in sites])
     owner, place = _chosen(tokens, which).nonzero(as_tuple=True)
     G = {s.name: hidden(g, len(tokens))[owner, place].float() for s, g in zip(sites, found, strict=True)}
-    return Taps(owner + start, place, {s.name: given[s.name][owner, place].float() for s in sites}, G)
+    K = {s.name: given[s.name][owner, place].float() for s in sites}
+    return Taps(owner + start, place, K, G, loss.detach()[owner].float())
 
 
 def nll(logits: Tensor, tokens: Tokens) -> Tensor:
