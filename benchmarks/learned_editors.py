@@ -115,9 +115,9 @@ def main() -> None:
     print(f"written to {given.out}")
 
 
-def _one(name: str, **settings: Any) -> dict[str, Any]:
+def _one(what: str, **settings: Any) -> dict[str, Any]:
     """One measurement, in a process of its own."""
-    command = [sys.executable, __file__, "--one", json.dumps([name, settings])]
+    command = [sys.executable, __file__, "--one", json.dumps([what, settings])]
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(found.stdout.splitlines()[-1])
 
