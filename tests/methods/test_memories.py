@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from errata import GRACE, LM, MELO, WISE, Edit, Method, Patch, sequential
 from errata.changes import SideMemories
 from errata.patch import applied_by_row
 from errata.tokens import Passage, follow, pad_left
+from errata.trace import read
 from tests import tiny
 
 EDITS = tuple(Edit(tiny.PROMPT, s, t) for s, t in [*tiny.CAPITALS.items()][:5])
@@ -121,6 +123,28 @@ def test_a_shard_writes_only_where_its_mask_lets_it(lm: LM):
     ((book,),) = WISE(at=2, shard=9, **{**WISE_SMALL, "mask": 0.2}).edit(lm, EDITS[:1]).changes.values()
     assert isinstance(book, SideMemories)
     assert 0 < (book.deltas != 0).float().mean() < 0.25
+
+
+def asked(lm: LM, patch: Patch, edits: Sequence[Edit]) -> list[set[int]]:
+    """For each edit the memories that answer the tokens which predict its target; -1 is none."""
+    ((name, (book,)),) = patch.changes.items()
+    assert isinstance(book, SideMemories)
+    tokens = lm.encode([follow(e.text, e.target) for e in edits])
+    inputs = read(lm, [name], tokens, *tokens.reads)[name][0].float()
+    gaps = torch.stack([(inputs @ delta.T).norm(dim=-1) for delta in book.deltas], 1)
+    gap, memory = gaps.where(gaps > book.thresholds, -1.0).max(1)
+    part = memory.where(gap > 0, -1)
+    return [set(part[tokens.reads[0] == row].tolist()) for row in range(len(edits))]
+
+
+def test_with_earlier_edits_in_view_each_is_answered_by_its_own_memory(lm: LM):
+    """They share a prompt, so what one memory is moved by the others are moved by too."""
+    found = {}
+    for replay in (True, False):
+        *_, patch = sequential(WISE(at=2, shard=1, merge=1, replay=replay, **WISE_SMALL), lm, [[e] for e in EDITS])
+        found[replay] = asked(lm, patch, EDITS)
+    assert found[True] == [{0}, {1}, {2}, {3}, {4}]
+    assert found[False] != found[True]
 
 
 def test_writing_on_leaves_the_earlier_patch_as_it_was_and_one_edit_can_be_saved(lm: LM, tmp_path: Path):

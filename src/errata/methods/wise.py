@@ -7,6 +7,9 @@ Where this differs from the authors' code, and why:
   theirs passes both outputs through the activation function first.
 - In scope are the tokens that predict the target's, out of scope the tokens of the same texts and of a corpus that are
   nearest to them. Theirs takes a locality prompt of the benchmark, which errata never shows to a method.
+- With `replay`, a step sees every earlier edit of the shard, and up to `others` of those in other memories; theirs sees
+  one of each. And where another memory answers a token in scope, the new one has to move it further by `apart`, or the
+  router would go on asking the other one.
 """
 
 from __future__ import annotations
@@ -73,7 +76,8 @@ class WISE(Method, name="wise"):
     retrieve: bool = True
     """Keep every merged memory and let the gap choose; otherwise merge into the one that is there, which counts 0.6."""
     replay: bool = False
-    """Write the earlier edits of the shard again with each later one (appendix B.3), in losses and margins."""
+    """Keep earlier edits in view (appendix B.3): those of the shard are written again with each later one, those of the
+    other memories are out of scope."""
     lengths: tuple[tuple[int, int], ...] = ((5, 5), (10, 5))
     """Texts before the prompt: (new tokens, count)."""
     others: int = 64
@@ -99,28 +103,41 @@ class WISE(Method, name="wise"):
                 after.append(_Memory(torch.zeros(site.shape), float("inf"), 0, ()))
             shard = after.pop()
             some, todo = todo[: self.shard - len(shard.edits)], todo[self.shard - len(shard.edits) :]
-            after.append(self._written(lm, site, shard, some, known, sum(len(m.edits) for m in after) // self.shard))
+            after.append(self._written(lm, site, shard, some, known, after))
             if len(after[-1].edits) == self.shard:
                 after = self._merged(after)
         return Patch({site.name: (_change(before, after, len(prior.edits)),)})
 
     def patches(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
         site = lm.site(self.at)
-        start = torch.zeros(len(edits), *site.shape)
-        deltas, gaps = self._descend(lm, site, start, edits, torch.arange(len(edits)), shard=0)
+        work = self._writing(lm, site, edits, torch.arange(len(edits)))
+        deltas, gaps = self._descend(work, torch.zeros(len(edits), *site.shape), shard=0)
         found = [
             _Memory(d, self.ratio * float(g), int(self.shard == 1), (0,)) for d, g in zip(deltas, gaps, strict=True)
         ]
         return [Patch({site.name: (_change([], [memory], 0),)}) for memory in found]
 
     def _written(
-        self, lm: LM, site: Site, memory: _Memory, new: Sequence[int], edits: Sequence[Edit], shard: int
+        self,
+        lm: LM,
+        site: Site,
+        memory: _Memory,
+        new: Sequence[int],
+        edits: Sequence[Edit],
+        others: Sequence[_Memory],
     ) -> _Memory:
-        """A shard's memory with more edits in it."""
+        """A shard's memory with more edits in it, beside the others."""
         numbers = (*memory.edits, *new)
         chosen = numbers if self.replay else new
-        group = torch.zeros(len(chosen), dtype=torch.long)
-        (delta,), (gap,) = self._descend(lm, site, memory.delta[None], [edits[i] for i in chosen], group, shard)
+        work = self._writing(lm, site, [edits[i] for i in chosen], torch.zeros(len(chosen), dtype=torch.long))
+        if self.replay and others:
+            past = torch.tensor([i for m in others for i in m.edits])
+            drawn = past[torch.randperm(len(past))[: self.others]].tolist()
+            away = self._inputs(lm, site, self._encoded(lm, [edits[i] for i in drawn]))
+            work.apart = torch.cat([work.apart, away[None]], 1)
+            work.beside(self._inputs(lm, site, work.tokens), others)
+        shard = sum(len(m.edits) for m in others) // self.shard
+        (delta,), (gap,) = self._descend(work, memory.delta[None], shard)
         least = self.ratio * float(gap)
         return _Memory(delta, least if self.replay else min(least, memory.threshold), 0, numbers)
 
@@ -145,23 +162,18 @@ class WISE(Method, name="wise"):
 
     # Descent
 
-    def _descend(
-        self, lm: LM, site: Site, start: Tensor, edits: Sequence[Edit], group: Tensor, shard: int
-    ) -> tuple[Tensor, Tensor]:
+    def _descend(self, work: _Writing, start: Tensor, shard: int) -> tuple[Tensor, Tensor]:
         """Deltas (groups, d_out, d_in) on from `start`, and the least gap (groups,) of a token in scope.
 
         Groups of edits share passes, but nothing else; one that is done stays as it is.
         """
-        texts = contexts.sample(lm, self.lengths, self.seed)
-        tokens = lm.encode([passage(e, text, e.target) for e in edits for text in texts])
-        group = group.repeat_interleave(len(texts)).to(lm.device)
-        work = _Writing(self, lm, site, tokens, group, self._apart(lm, site, edits, tokens, group))
+        device = work.group.device
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + shard)
-        mask = (torch.rand(site.shape, generator=draw) < self.mask).to(lm.device)
-        deltas = start.to(lm.device, copy=True).requires_grad_()
+        mask = (torch.rand(start.shape[1:], generator=draw) < self.mask).to(device)
+        deltas = start.to(device, copy=True).requires_grad_()
         kind = torch.optim.SGD if self.descent == "sgd" else torch.optim.Adam
         optimiser = kind([deltas], lr=self.rate)
-        active = torch.ones(len(start), dtype=torch.bool, device=lm.device)
+        active = torch.ones(len(start), dtype=torch.bool, device=device)
         for _ in range(self.steps):
             loss = work.loss(deltas)
             active &= loss.detach() > self.stop
@@ -180,25 +192,39 @@ class WISE(Method, name="wise"):
             work.loss(deltas)
         return deltas.detach().cpu(), work.least().cpu()
 
+    def _writing(self, lm: LM, site: Site, edits: Sequence[Edit], group: Tensor) -> _Writing:
+        tokens = self._encoded(lm, edits)
+        group = group.repeat_interleave(len(tokens) // len(edits)).to(lm.device)
+        return _Writing(self, lm, site, tokens, group, self._apart(lm, site, edits, tokens, group))
+
+    def _encoded(self, lm: LM, edits: Sequence[Edit]) -> Tokens:
+        """Each edit after each of the sampled texts."""
+        texts = contexts.sample(lm, self.lengths, self.seed)
+        return lm.encode([passage(e, text, e.target) for e in edits for text in texts])
+
+    def _inputs(self, lm: LM, site: Site, tokens: Tokens) -> Tensor:
+        """What the matrix is given at tokens in scope, (reads, d_in)."""
+        return read(lm, [site.name], tokens, *tokens.reads)[site.name][0].float()
+
     def _apart(self, lm: LM, site: Site, edits: Sequence[Edit], tokens: Tokens, group: Tensor) -> Tensor:
         """What the matrix is given at tokens that are out of scope, (groups, others, d_in).
 
         They are the nearest to those in scope, of the same texts and of texts of the corpus that name no subject of the
         group.
         """
-        scope = torch.zeros_like(tokens.target)
-        scope[tokens.reads] = True
         rows, cols = tokens.mask.bool().nonzero(as_tuple=True)
-        inside, keys = scope[rows, cols], read(lm, [site.name], tokens, rows, cols)[site.name][0].float()
+        inside, keys = _scope(tokens)[rows, cols], read(lm, [site.name], tokens, rows, cols)[site.name][0].float()
         texts, line, far = self._elsewhere(lm, site)
         per, found = len(tokens) // len(edits), []
         for number in range(int(group[-1]) + 1):
             subjects = {edits[i // per].subject for i in (group == number).nonzero()[:, 0].tolist()}
-            clean = torch.tensor([not any(s in text for s in subjects) for text in texts], device=line.device)
+            named = torch.tensor([any(s in text for s in subjects) for text in texts], device=line.device)
             mine = group[rows] == number
-            candidates = torch.cat([keys[mine & ~inside], far[clean[line]]])
-            distance = torch.cdist(keys[mine & inside], candidates).amin(0)
-            found.append(candidates[distance.topk(min(self.others, len(candidates)), largest=False).indices])
+            own, scope = keys[mine & ~inside], keys[mine & inside]
+            away = torch.cat([_away(own, scope), _away(far, scope).masked_fill(named[line], torch.inf)])
+            chosen = away.topk(min(self.others, int(away.isfinite().sum())), largest=False).indices
+            here = chosen < len(own)
+            found.append(torch.cat([own[chosen[here]], far[chosen[~here] - len(own)]]))
         least = min(map(len, found))
         return torch.stack([k[:least] for k in found])
 
@@ -229,67 +255,76 @@ class _Writing:
     """Groups of edits that are written into a delta each."""
 
     def __init__(self, how: WISE, lm: LM, site: Site, tokens: Tokens, group: Tensor, apart: Tensor) -> None:
-        self.how, self.site, self.tokens, self.group, self.apart = how, site, tokens, group, apart
+        self.how, self.site, self.tokens, self.group = how, site, tokens, group
+        self.apart = apart
+        """What is out of scope, (groups, others, d_in)."""
+        rows = tokens.reads[0]
+        self.member = group[rows]
+        self.weight = 1 / (rows.bincount()[rows] * group.bincount()[self.member])
+        """(reads,) of a mean over rows of means over tokens, in each group."""
+        self.rival = torch.zeros_like(self.weight)
+        """(reads,) how far another memory that answers there would move it."""
         first = tokens.asked
         self.again = passes(lm, tokens, [site.name], first)
         self.shift = first - self.again.start
+        self.scope = _scope(tokens)
         self.gaps = torch.empty(0)
+
+    def beside(self, inputs: Tensor, others: Sequence[_Memory]) -> None:
+        """Other memories, of which the router would ask the one that moves a token most: inputs (reads, d_in)."""
+        for memory in others:
+            gap = (inputs @ memory.delta.to(inputs.device).T).norm(dim=-1)
+            self.rival = self.rival.maximum(gap.where(gap > memory.threshold, 0.0))
 
     def loss(self, deltas: Tensor) -> Tensor:
         """(groups,) of what is said, and of the margins that keep what is in scope and what is not apart (eq. 5)."""
-        rows = self.tokens.reads[0]
-        member = self.group[rows]
         handle = self.site.module.register_forward_hook(partial(self._write, deltas))
         try:
             said = log_softmax(self.again.logits(*self.tokens.reads), -1).gather(1, self.tokens.wanted[:, None])[:, 0]
         finally:
             handle.remove()
-        nll = -_mean(said / rows.bincount()[rows], member, len(deltas)) * self._per_row(member)
         away = (self.apart @ deltas.mT).norm(dim=-1)  # (groups, others)
-        most = away.amax(1)[member]
-        margins = (
-            _violated(
-                away.flatten() - self.how.near,
-                torch.arange(len(away), device=away.device).repeat_interleave(away.shape[1]),
-                len(deltas),
-            ),
-            _violated(self.how.far - self.gaps, member, len(deltas)),
-            _violated(most + self.how.apart - self.gaps, member, len(deltas)),
+        near = (away - self.how.near).relu()
+        beyond = away.amax(1)[self.member].maximum(self.rival) + self.how.apart
+        return (
+            self._sum(-said * self.weight)
+            + near.sum(1) / (near > 0).sum(1).clamp(min=1)
+            + self._violated(self.how.far - self.gaps)
+            + self._violated(beyond - self.gaps)
         )
-        return nll + sum(margins)
-
-    def _per_row(self, member: Tensor) -> Tensor:
-        """Reads by rows, of each group: what turns a mean over reads into one over rows."""
-        return member.bincount() / self.group.bincount()
 
     def least(self) -> Tensor:
         """(groups,) the least gap of a token in scope, as the last pass had it."""
-        member = self.group[self.tokens.reads[0]]
-        none = torch.full((int(member.max()) + 1,), torch.inf, device=member.device)
-        return none.scatter_reduce(0, member, self.gaps.detach(), "amin")
+        none = torch.full((int(self.member[-1]) + 1,), torch.inf, device=self.member.device)
+        return none.scatter_reduce(0, self.member, self.gaps.detach(), "amin")
 
     def _write(self, deltas: Tensor, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The weight's own output, whatever an earlier memory made of it, and in scope what the group's delta adds."""
         inputs = args[0].float().view(len(self.tokens), -1, args[0].shape[-1])
         added = inputs @ (deltas if len(deltas) == 1 else deltas[self.group]).mT
-        scope = torch.zeros_like(self.tokens.target)
-        scope[self.tokens.reads] = True
-        here = in_pass(scope, self.shift, inputs.shape[1])
+        here = in_pass(self.scope, self.shift, inputs.shape[1])
         self.gaps = added[here].norm(dim=-1)
         return module.forward(args[0]) + (added * here[..., None]).view(output.shape).to(output.dtype)
 
+    def _sum(self, values: Tensor) -> Tensor:
+        """(groups,) of values (reads,)."""
+        return values.new_zeros(len(self.apart)).index_add(0, self.member, values)
 
-def _mean(values: Tensor, member: Tensor, groups: int) -> Tensor:
-    """(groups,) means of values (m,)."""
-    none = torch.zeros(groups, device=values.device)
-    return none.index_add(0, member, values) / member.bincount(minlength=groups)
+    def _violated(self, excess: Tensor) -> Tensor:
+        """(groups,) the mean of what is above zero."""
+        return self._sum(excess.relu()) / self._sum((excess > 0).float()).clamp(min=1)
 
 
-def _violated(excess: Tensor, member: Tensor, groups: int) -> Tensor:
-    """(groups,) the mean of what is above zero."""
-    none = torch.zeros(groups, device=excess.device)
-    over = (excess > 0).float()
-    return none.index_add(0, member, excess.relu()) / none.index_add(0, member, over).clamp(min=1)
+def _scope(tokens: Tokens) -> Tensor:
+    """(batch, seq) bool: tokens that predict the target's."""
+    scope = torch.zeros_like(tokens.target)
+    scope[tokens.reads] = True
+    return scope
+
+
+def _away(keys: Tensor, scope: Tensor) -> Tensor:
+    """(m,) squares of the distances from keys (m, d) to the nearest in scope."""
+    return (keys.square().sum(1)[:, None] + scope.square().sum(1) - 2 * keys @ scope.T).amin(1)
 
 
 def _memories(patch: Patch, site: Site) -> list[_Memory]:
