@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import ErrataError
@@ -134,9 +133,7 @@ class Blocks(Gated, kind="blocks"):
         )
         some = [row for row in rows if isinstance(row, Blocks)]
         radii = torch.cat([row.radii[row.live] for row in some]).to(device)
-        rank = max(row.right.shape[1] for row in some)
-        left = torch.cat([pad(row.left, (0, rank - row.left.shape[2])) for row in some]).to(device)
-        right = torch.cat([pad(row.right, (0, 0, 0, rank - row.right.shape[1])) for row in some]).to(device)
+        left, right = (_stacked([getattr(row, name) for row in some]).to(device) for name in ("left", "right"))
         members, before = [], 0
         for row in some:
             members += [before + (row.clusters == founder).nonzero()[:, 0] for founder in row.live.tolist()]
@@ -166,25 +163,17 @@ class Blocks(Gated, kind="blocks"):
         """By MELO's rules, the later memory's points one after another."""
         if not isinstance(later, Blocks):
             return self, later
-        most = max(self.labels.shape[1], later.labels.shape[1])
-        rank = max(self.right.shape[1], later.right.shape[1])
         n = len(self.keys)
-        owners, keys, first = (
-            torch.cat([getattr(self, name), getattr(later, name)]) for name in ("owners", "keys", "first")
+        added = replace(
+            later,
+            block=later.block + len(self.left),
+            centres=later.keys,
+            radii=later.first,
+            clusters=torch.arange(n, n + len(later.keys)),
+            founders=torch.ones_like(later.founders),
         )
-        both = Blocks(
-            owners,
-            keys,
-            first,
-            torch.cat([pad(b.labels, (0, most - b.labels.shape[1]), value=-1) for b in (self, later)]),
-            torch.cat([self.block, later.block + len(self.left)]),
-            torch.cat([pad(b.left, (0, rank - b.left.shape[2])) for b in (self, later)]),
-            torch.cat([pad(b.right, (0, 0, 0, rank - b.right.shape[1])) for b in (self, later)]),
-            torch.cat([self.centres, later.keys]),
-            torch.cat([self.radii, later.first]),
-            torch.cat([self.clusters, torch.arange(n, n + len(later.keys))]),
-            torch.cat([self.founders, torch.ones_like(later.founders)]),
-        )
+        mine, theirs = self.tensors(), added.tensors()
+        both = Blocks(*(_stacked([mine[k], theirs[k]], -1 if k == "labels" else 0) for k in mine))
         both._settle(n)
         return (both,)
 
@@ -225,6 +214,15 @@ class Blocks(Gated, kind="blocks"):
                 self.clusters[lost] = -1
 
         settle(self.centres, self.radii, start, lambda until: self.founders[:until].nonzero()[:, 0], meet)
+
+
+def _stacked(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
+    """Tensors one after another, in all other dimensions filled up to the largest."""
+    shape = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
+    out = parts[0].new_full((sum(map(len, parts)), *shape), fill)
+    for room, part in zip(out.split([len(p) for p in parts]), parts, strict=True):
+        room[(slice(None), *map(slice, part.shape[1:]))] = part
+    return out
 
 
 def _nearest_of(keys: Tensor, table: Tensor, queries: Tensor) -> Tensor:
@@ -276,7 +274,7 @@ class SideMemories(Gated, kind="side-memories"):
         table = pad_sequence(list(numbers), batch_first=True, padding_value=-1)
 
         def route(inputs: Tensor) -> Routed:
-            own = deltas[table.clamp(min=0)]  # (rows, most, d_out, d_in)
+            own = deltas[None] if len(rows) == 1 else deltas[table.clamp(min=0)]  # (rows, most, d_out, d_in)
             gaps = (inputs[:, None] @ own.mT).norm(dim=-1).movedim(1, -1)  # (batch, seq, most)
             limits = thresholds[table.clamp(min=0)][:, None].masked_fill(table[:, None] < 0, torch.inf)
             gap, place = gaps.masked_fill(gaps <= limits, -1.0).max(-1)

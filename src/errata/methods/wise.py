@@ -14,6 +14,7 @@ Where this differs from the authors' code, and why:
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -131,8 +132,8 @@ class WISE(Method, name="wise"):
         chosen = numbers if self.replay else new
         work = self._writing(lm, site, [edits[i] for i in chosen], torch.zeros(len(chosen), dtype=torch.long))
         if self.replay and others:
-            past = torch.tensor([i for m in others for i in m.edits])
-            drawn = past[torch.randperm(len(past))[: self.others]].tolist()
+            past = [i for m in others for i in m.edits]
+            drawn = random.Random(self.seed).sample(past, min(self.others, len(past)))
             away = self._inputs(lm, site, self._encoded(lm, [edits[i] for i in drawn]))
             work.apart = torch.cat([work.apart, away[None]], 1)
             work.beside(self._inputs(lm, site, work.tokens), others)
