@@ -88,7 +88,7 @@ class Method(ABC):
                 f"{self.name} makes one edit at a time, not {len(edits)}; "
                 "fold them with errata.sequential, or take a batched method"
             )
-        with self._at_work(lm), prior.applied(lm):
+        with self._at_work(lm), self.beneath(lm, prior).applied(lm):
             new = self.patch(lm, edits, prior)
         return prior + self._signed(new, lm, edits)
 
@@ -108,6 +108,10 @@ class Method(ABC):
             torch.manual_seed(self.seed)
             found.append(self.patch(lm, [edit], Patch()))
         return found
+
+    def beneath(self, lm: LM, prior: Patch) -> Patch:
+        """What of `prior` the model has while it is edited: all, but for what the method is better off without."""
+        return prior
 
     def prepare(self, lm: LM) -> None:
         """Have in `lm.memo` what the method needs of the unedited model; called before `prior` is applied."""

@@ -94,6 +94,12 @@ class WISE(Method, name="wise"):
         contexts.sample(lm, self.lengths, self.seed)
         self._elsewhere(lm, lm.site(self.at))
 
+    def beneath(self, lm: LM, prior: Patch) -> Patch:
+        """Without the side memories: a new one is written as if it were the only one that answers."""
+        name = lm.site(self.at).name
+        others = tuple(c for c in prior.changes.get(name, ()) if not isinstance(c, SideMemories))
+        return replace(prior, changes={**prior.changes, name: others})
+
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         site = lm.site(self.at)
         before = _memories(prior, site)
@@ -300,12 +306,12 @@ class _Writing:
         return none.scatter_reduce(0, self.member, self.gaps.detach(), "amin")
 
     def _write(self, deltas: Tensor, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The weight's own output, whatever an earlier memory made of it, and in scope what the group's delta adds."""
+        """The weight's own output, and in scope what the group's delta adds."""
         inputs = args[0].float().view(len(self.tokens), -1, args[0].shape[-1])
         added = inputs @ (deltas if len(deltas) == 1 else deltas[self.group]).mT
         here = in_pass(self.scope, self.shift, inputs.shape[1])
         self.gaps = added[here].norm(dim=-1)
-        return module.forward(args[0]) + (added * here[..., None]).view(output.shape).to(output.dtype)
+        return output + (added * here[..., None]).view(output.shape).to(output.dtype)
 
     def _sum(self, values: Tensor) -> Tensor:
         """(groups,) of values (reads,)."""
