@@ -11,7 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from errata import Edit, ErrataError, Patch, UsageError, causal
+import errata
+from errata import MEMIT, ROME, Edit, ErrataError, Patch, UsageError, causal
 from tests import tiny
 
 FACT = Edit(tiny.PROMPT, "New Zealand", "Oslo", "Wellington")
@@ -164,6 +165,15 @@ def test_the_one_layer_that_carries_the_facts_is_proposed(layer):
     assert (found.peak, found.layers) == (layer, (layer,))
     assert found.sure > 0.9
     assert found.effect > 0.01
+
+
+def test_on_almanac_layers_are_proposed_among_those_that_its_presets_edit():
+    lm = errata.load("almanac")
+    facts = [case.edit for case in errata.data.load("counterfact-mini", n=4)]
+    found = causal.propose(causal.average(lm, facts, kinds=["mlp"], draws=2))
+    assert set(found.layers) <= set(MEMIT.preset(lm).layers)
+    assert abs(found.peak - ROME.preset(lm).layer) <= 1
+    assert found.sure > 0.5
 
 
 def test_a_single_fact_makes_nothing_sure():
