@@ -6,13 +6,14 @@ gradient of the loss reaches the network through the gradient of the update alon
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..changes import Dense
 from ..data import Case
@@ -50,7 +51,16 @@ class MALMEN(MEND, name="malmen"):
     first: First = "relu"
     """How the network's layers are built: with "scale", they can begin as those of a MEND editor (`Course.start`)."""
 
+    ridge: float = 1.0
+    """The weight of the ridge that training begins with."""
+
     net: ClassVar[type[TapNet]] = RidgeNet
+
+    def nets(self, lm: LM) -> dict[str, nn.Module]:
+        found = super().nets(lm)
+        for net in found.values():
+            nn.init.constant_(net.get_parameter("log_ridge"), math.log(self.ridge))
+        return found
 
     patches = Method.patches  # each edit by itself: there is nothing to join
 
