@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -24,6 +25,7 @@ MADE = {
     "malmen, white": MALMEN(**WHERE, rank=4, whiten=True),
     "mend, polyak": MEND(at=WHERE["at"], step=1.0, rank=4, tokens="target", polyak=True),
     "malmen, polyak": MALMEN(at=WHERE["at"], step=0.1, rank=4, polyak=True),
+    "malmen, twice": MALMEN(at=WHERE["at"], step=0.1, rank=4, polyak=True, whiten=True, rounds=2),
 }
 
 
@@ -94,17 +96,19 @@ def test_polyaks_step_would_take_every_loss_to_zero_were_it_linear(lm):
     torch.testing.assert_close(told, -how.step * loss, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["malmen", "malmen, white", "malmen, polyak"])
+@pytest.mark.parametrize("name", ["malmen", "malmen, white", "malmen, polyak", "malmen, twice"])
 def test_malmens_decoupled_gradients_are_those_of_the_whole_graph(lm, name):
-    """The network learns the same as if the loss had been differentiated through everything at once."""
+    """The network learns the same as if the loss had been differentiated through all of the (last) round at once."""
     how, cases = MADE[name], tiny.cases()[:4]
+    edits = [c.edit for c in cases]
     with lm.frozen(), torch.enable_grad():
         network, sites = stirred(how, lm), places(lm, how.at)
-        basis = network["basis"]
-        seen = basis.seen(tap(lm, sites, [c.edit for c in cases], how.tokens))
+        basis, before = network["basis"], how.moved(lm, network, edits, how.rounds - 1)
+        with weights(sites, before):
+            seen = basis.seen(tap(lm, sites, edits, how.tokens))
         found = solved(how.normal(network, sites, [seen]))
         asked = questions(lm, cases, random.Random(0))
-        with weights(sites, {n: basis.out(n, update.float()) for n, (_, update) in found.items()}):
+        with weights(sites, {n: basis.out(n, found[n][1].float()) + before.get(n, 0) for n in found}):
             edit, stay = losses(lm, asked)
         (how.weight * edit + stay).backward()
         direct = {n: p.grad.clone() for n, p in network.named_parameters()}
@@ -113,6 +117,25 @@ def test_malmens_decoupled_gradients_are_those_of_the_whole_graph(lm, name):
         for name, p in network.named_parameters():
             scale = direct[name].abs().max().item()
             torch.testing.assert_close(p.grad, direct[name], atol=1e-4 * scale + 1e-8, rtol=1e-2)
+
+
+def test_a_second_round_is_the_same_batch_edited_again(lm):
+    """As it would be one after the other, on what the first round left; and it gets the edits' loss further down."""
+    once = dataclasses.replace(MADE["malmen, twice"], rounds=1)
+    edits, sites = list(tiny.EDITS), places(lm, once.at)
+    with lm.frozen(), torch.no_grad():
+        network = stirred(once, lm)
+        first = once.moved(lm, network, edits, 1)
+        with weights(sites, first):
+            second = once.moved(lm, network, edits, 1)
+        both = once.moved(lm, network, edits, 2)
+        losses = [tap(lm, sites, edits).loss.mean()]
+        for made in (first, both):
+            with weights(sites, made):
+                losses.append(tap(lm, sites, edits).loss.mean())
+    for name, update in both.items():
+        torch.testing.assert_close(update, first[name] + second[name])
+    assert losses[2] < losses[1] < losses[0]
 
 
 def test_malmens_batch_weighs_no_edit_less_for_its_company(lm):

@@ -106,7 +106,7 @@ def test_the_gradients_that_reach_malmens_network_are_the_authors(malmen, monkey
     monkeypatch.setattr(module, "places", lambda *_: SITES)
     monkeypatch.setattr(module, "in_passes", lambda *_: [seen(given, slice(0, 5)), seen(given, slice(5, 10))])
 
-    def pulled(self, lm, basis, sites, deltas, cases, draw):
+    def pulled(self, lm, basis, sites, deltas, cases, draw, before):
         sum((deltas[n] * given[f"{i}/pull"]).sum() for i, n in enumerate("ab")).backward()
         return {"total": 0.0}
 

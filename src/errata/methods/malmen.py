@@ -54,6 +54,10 @@ class MALMEN(MEND, name="malmen"):
     ridge: float = 1.0
     """The weight of the ridge that training begins with."""
 
+    rounds: int = 1
+    """How often a batch is edited, each time on the model as the time before left it: what one step along a gradient
+    leaves over is seen by the next. (The authors: once.)"""
+
     net: ClassVar[type[TapNet]] = RidgeNet
 
     def nets(self, lm: LM) -> dict[str, nn.Module]:
@@ -66,24 +70,37 @@ class MALMEN(MEND, name="malmen"):
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         how, network = self.ready(lm)
-        sites, basis = places(lm, how.at), network["basis"]
-        with torch.no_grad():
-            sums = how.normal(network, sites, map(basis.seen, in_passes(lm, sites, edits, how.tokens)))
-        owners = torch.arange(len(edits))
-        found = {name: basis.out(name, update.float()) for name, (_, update) in solved(sums).items()}
+        owners, found = torch.arange(len(edits)), how.moved(lm, network, edits, how.rounds)
         return Patch({name: (Dense(owners, update.cpu()),) for name, update in found.items()})
 
+    @torch.no_grad()
+    def moved(self, lm: LM, network: Any, edits: Sequence[Edit], rounds: int) -> dict[str, Tensor]:
+        """By matrix, what so many rounds make of the edits, (d_out, d_in)."""
+        sites, basis = places(lm, self.at), network["basis"]
+        found: dict[str, Tensor] = {}
+        for _ in range(rounds):
+            with weights(sites, found):
+                sums = self.normal(network, sites, map(basis.seen, in_passes(lm, sites, edits, self.tokens)))
+            made = {name: basis.out(name, update.float()) for name, (_, update) in solved(sums).items()}
+            found = {name: found.get(name, 0) + update for name, update in made.items()}
+        return found
+
     def learn(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
-        sites = places(lm, self.at)
-        seen, found, deltas = self._joined(lm, network, sites, cases)
-        parts = self._asked(lm, network["basis"], sites, deltas, cases, draw)
-        self.teach(network, sites, seen, found, deltas)
-        return parts
+        return self._last_round(lm, network, cases, draw, learning=True)
 
     def judge(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
-        sites = places(lm, self.at)
-        _, _, deltas = self._joined(lm, network, sites, cases)
-        return self._asked(lm, network["basis"], sites, deltas, cases, draw)
+        return self._last_round(lm, network, cases, draw, learning=False)
+
+    def _last_round(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random, learning: bool) -> Losses:
+        """The losses after all rounds; it is the last one that the network learns from."""
+        sites, basis = places(lm, self.at), network["basis"]
+        before = self.moved(lm, network, [c.edit for c in cases], self.rounds - 1)
+        with weights(sites, before):
+            seen, found, deltas = self._joined(lm, network, sites, cases)
+        parts = self._asked(lm, basis, sites, deltas, cases, draw, before=before)
+        if learning:
+            self.teach(network, sites, seen, found, deltas)
+        return parts
 
     def _joined(
         self, lm: LM, network: Any, sites: Sequence[Site], cases: Sequence[Case]
@@ -124,8 +141,10 @@ class MALMEN(MEND, name="malmen"):
         cases: Sequence[Case],
         draw: random.Random,
         times: float = 1.0,
+        before: Mapping[str, Tensor] = {},
     ) -> Losses:
-        """The losses of one update shared by all cases; where it takes gradients, they are left in it.
+        """The losses of one update shared by all cases, on top of what was there before. Where it takes gradients, they
+        are left in it.
 
         All are multiplied by `times`.
         """
@@ -133,7 +152,7 @@ class MALMEN(MEND, name="malmen"):
         for start in range(0, len(cases), TOGETHER):
             some = cases[start : start + TOGETHER]
             asked = questions(lm, some, draw)
-            with weights(sites, {name: basis.out(name, delta) for name, delta in deltas.items()}):
+            with weights(sites, {name: basis.out(name, delta) + before.get(name, 0) for name, delta in deltas.items()}):
                 edit, stay = losses(lm, asked)
             total, share = self.weight * edit + stay, times * len(some) / len(cases)
             if total.requires_grad:

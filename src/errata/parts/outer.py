@@ -94,8 +94,9 @@ def own(sites: Sequence[Site], factors: Mapping[str, tuple[Tensor, Tensor, Tenso
 
 @contextmanager
 def weights(sites: Sequence[Site], deltas: Mapping[str, Tensor]) -> Iterator[None]:
-    """While inside, every row sees the same updates (d_out, d_in)."""
+    """While inside, every row sees the same updates (d_out, d_in), where there are some."""
     with ExitStack() as stack:
         for site in sites:
-            stack.enter_context(beside(site.module, lambda x, delta=deltas[site.name]: linear(x, delta)))
+            if site.name in deltas:
+                stack.enter_context(beside(site.module, lambda x, delta=deltas[site.name]: linear(x, delta)))
         yield
