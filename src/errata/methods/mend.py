@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data import Case
 from ..edit import Edit
 from ..lm import LM, Site
-from ..parts.basis import Basis, strangers
+from ..parts.basis import STRANGERS, Basis, strangers
 from ..parts.hyper import First, TapNet
 from ..parts.outer import losses, own, questions
 from ..parts.taps import Taps, Which, change, inputs, places, tap
@@ -81,8 +81,10 @@ class TapEditor(Trained):
 
     def fit(self, lm: LM, network: Any, cases: Sequence[Case]) -> None:
         if self.whiten:
-            edits = list(strangers(cases, random.Random(self.seed)))
-            network["basis"].fit(inputs(lm, places(lm, self.at), edits, self.tokens))
+            sites = places(lm, self.at)
+            many = STRANGERS * max(site.shape[1] for site in sites)
+            edits = list(strangers(cases, random.Random(self.seed), many))
+            network["basis"].fit(inputs(lm, sites, edits, self.tokens))
 
     def learn(self, lm: LM, network: nn.Module, cases: Sequence[Case], draw: random.Random) -> Losses:
         total, parts = self._losses(lm, network, cases, draw)

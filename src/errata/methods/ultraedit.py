@@ -13,7 +13,7 @@ from ..lm import LM, Site
 from ..method import Method
 from ..parts.hyper import Normaliser
 from ..parts.solve import ridge
-from ..parts.taps import Which, change, places, tap
+from ..parts.taps import Which, among, change, places, tap
 from ..patch import Patch
 
 
@@ -29,22 +29,23 @@ class UltraEdit(Method, name="ultraedit"):
     rate: float = 1e-6
     """How far the update goes (the paper's eta)."""
     tokens: Which = "all"
-    """What of a text is looked at: every token (EasyEdit), where the target is read off, or the subject's end."""
+    """What of a text is written to: every token (EasyEdit), where the target is read off, or the subject's end. The
+    statistics are always of every token."""
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         sites = places(lm, self.at)
-        seen = tap(lm, sites, edits, self.tokens)
+        seen, chosen = tap(lm, sites, edits), among(lm, edits, self.tokens)
         normal = {_shape(s): _kept(prior, s, lm) for s in sites}
         both = {s.name: torch.cat([seen.K[s.name], seen.G[s.name]], 1) for s in sites}
         for site in sites:  # all before the first is used: matrices of a shape share one
             normal[_shape(site)].update(both[site.name])
         changes = {}
         for site in sites:
-            K = seen.K[site.name]
-            k, g = normal[_shape(site)](both[site.name]).split([K.shape[1], both[site.name].shape[1] - K.shape[1]], 1)
+            K = seen.K[site.name][chosen]
+            k, g = normal[_shape(site)](both[site.name][chosen]).split([site.shape[1], site.shape[0]], 1)
             V = -self.rate * k.pow(2).sum(1, keepdim=True) * g
             solved = ridge(K, V, torch.eye(K.shape[1], dtype=torch.float64), weight=1.0)
-            changes[site.name] = (change(seen.owner, solved.left.T, solved.right),)
+            changes[site.name] = (change(seen.owner[chosen], solved.left.T, solved.right),)
         carry = {f"{shape}/{name}": t.cpu() for shape, one in normal.items() for name, t in one.state_dict().items()}
         return Patch(changes, carry={f"normaliser/{name}": t for name, t in carry.items()})
 

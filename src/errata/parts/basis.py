@@ -18,8 +18,8 @@ from ..edit import Edit
 from ..lm import Site
 from .taps import Taps
 
-STRANGERS = 3000
-"""Made-up subjects that a moment is taken on: a few for each direction of an input."""
+STRANGERS = 12
+"""Made-up subjects that a moment is taken on, for each direction of an input."""
 RIDGE = 1e-3
 """Of the moment's mean diagonal, added to it."""
 
@@ -70,7 +70,7 @@ def _unpacked(packed: Tensor, size: int) -> Tensor:
     return L
 
 
-def strangers(cases: Sequence[Case], draw: Random, n: int = STRANGERS) -> Iterator[Edit]:
+def strangers(cases: Sequence[Case], draw: Random, n: int) -> Iterator[Edit]:
     """Edits like those of the cases, about made-up subjects whose words are theirs."""
     for _ in range(n):
         own, words = draw.choice(cases).edit, []

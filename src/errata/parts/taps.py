@@ -73,6 +73,11 @@ def inputs(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = 
     return {name: torch.cat([seen[name][0] for seen in found]).float() for name in names}
 
 
+def among(lm: LM, edits: Sequence[Edit], which: Which) -> Tensor:
+    """(m,) bool: those of all tokens of the edits' taps that are of interest."""
+    return torch.cat([_chosen(tokens, which)[_chosen(tokens, "all")] for _, tokens in _batches(lm, edits)])
+
+
 def _batches(lm: LM, edits: Sequence[Edit]) -> Iterator[tuple[int, Tokens]]:
     """The texts of edits, pass by pass, with the number of the first."""
     tokens = lm.encode([passage(e, answer=e.target) for e in edits])
