@@ -203,12 +203,12 @@ def test_6_every_edit_by_itself_in_shared_passes_is_the_edit_alone(made: Made):
 def test_7_dtype_follows_the_model_and_the_patch_is_float32(made: Made, corpus_file: str):
     lm = tiny.trained(made.lm.model.config._name_or_path.removeprefix("tiny-"))
     lm.model.to(torch.bfloat16)
-    patch = tiny.small_settings(type(made.method), lm, corpus_file).edit(lm, [A])
+    patch = tiny.small_settings(type(made.method), lm, corpus_file).edit(lm, [C])
     assert {t.dtype for t in bits(patch).values()} <= {torch.float32, torch.int64, torch.uint8}  # uint8: texts
-    before = tiny.probability(lm, A)
+    before = tiny.probability(lm, C)
     with patch.applied(lm):
         assert {p.dtype for p in lm.model.parameters()} == {torch.bfloat16}
-        assert tiny.probability(lm, A) >= before or takes(lm, A, before)
+        assert tiny.probability(lm, C) >= before or takes(lm, C, before)
         assert tiny.logits(lm, A.text).dtype == torch.bfloat16
 
 
