@@ -225,7 +225,7 @@ def test_8_a_low_rank_patch_is_a_lora_with_equal_logits(made: Made, tmp_path: Pa
         wanted = tiny.logits(made.lm, A.text, B.text)
     base = tiny.trained(made.lm.model.config._name_or_path.removeprefix("tiny-"))
     served = LM(peft.PeftModel.from_pretrained(base.model, tmp_path), base.tokenizer)
-    torch.testing.assert_close(tiny.logits(served, A.text, B.text), wanted, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(tiny.logits(served, A.text, B.text), wanted, atol=5e-3, rtol=1e-4)
 
 
 def test_the_callers_random_state_is_left_alone(made: Made):

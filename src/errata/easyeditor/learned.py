@@ -123,9 +123,8 @@ class TapHyperParams(LearnedHyperParams):
     }
 
 
-def _rate(value: Any, _: Values) -> Fields:
-    """EasyEdit's rates are of inputs as they are; errata's almanac preset whitens them."""
-    return {"step": value, "whiten": False}
+PUBLISHED: Fields = {"whiten": False, "polyak": False}
+"""EasyEdit's rates are of inputs as they are, and all of a length; those of errata's preset for almanac are neither."""
 
 
 class MENDHyperParams(TapHyperParams):
@@ -133,7 +132,7 @@ class MENDHyperParams(TapHyperParams):
 
     alg_name, errata_name = "MEND", "mend"
     keys = {
-        "edit_lr": _rate,
+        "edit_lr": lambda value, _: {"step": value, "tokens": "all", **PUBLISHED},
         "rank": "rank",
         "n_hidden": lambda value, _: {"depth": int(value) + 1},
         "hidden_dim": only(None),
@@ -154,7 +153,7 @@ class MALMENHyperParams(TapHyperParams):
 
     alg_name, errata_name = "MALMEN", "malmen"
     keys = {
-        "lr": _rate,
+        "lr": lambda value, _: {"step": value, "ridge": 1.0, "rounds": 1, **PUBLISHED},
         "meta_lr": f"{COURSE}rate",
         "max_grad_norm": f"{COURSE}clip",
         "loc_coef": lambda value, _: {"weight": 1 / float(value)},
@@ -173,9 +172,7 @@ class KEHyperParams(TapHyperParams):
     """KE's, of which EasyEdit has the files alone."""
 
     alg_name, errata_name = "KE", "ke"
-    keys = {
-        "edit_lr": Unused("an update is at most `step` gradients long, which is 1 unless the setting says otherwise")
-    }
+    keys = {"edit_lr": Unused("an update is at most `step` gradients long, which is the preset's")}
 
 
 class KETrainingHparams(KEHyperParams):
