@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from errata import UltraEdit, sequential
-from errata.parts.taps import tap
+from errata import Edit, UltraEdit, sequential
+from errata.parts.taps import among, tap
 from tests import tiny
 
 A, B, _ = tiny.EDITS
+C = Edit(tiny.PROMPT, "Japan", "Paris")
 
 
-def test_the_update_is_the_papers_closed_form():
+@pytest.mark.parametrize("which", ["all", "target"])
+@pytest.mark.parametrize("edits", [[A, B], [C]], ids=["two", "alone, by a target of one token"])
+def test_the_update_is_the_papers_closed_form(which, edits):
+    """Of the tokens that are written to, with the statistics of all."""
     lm = tiny.trained("gpt2")
     site = lm.mlp_out(1)
-    patch = UltraEdit(at=(site.name,), rate=1e-2).edit(lm, [A, B])
+    patch = UltraEdit(at=(site.name,), rate=1e-2, tokens=which).edit(lm, edits)
     with lm.frozen():
-        seen = tap(lm, [site], [A, B])
+        seen, chosen = tap(lm, [site], edits), among(lm, edits, which)
     K, G = seen.K[site.name].double(), seen.G[site.name].double()
     k, g = ((x - x.mean(0)) / (x.std(0) + torch.finfo(torch.float32).eps) for x in (K, G))
+    K, k, g = K[chosen], k[chosen], g[chosen]
+    assert k.abs().max() > 0.1
     V = -1e-2 * (k * k).sum(1, keepdim=True) * g
     wanted = torch.linalg.solve(K.T @ K + torch.eye(K.shape[1], dtype=K.dtype), K.T @ V).T
     (found,) = patch.changes[site.name]

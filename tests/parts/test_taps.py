@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from errata.parts import taps
-from errata.parts.taps import change, inputs, places, tap
+from errata.parts.taps import among, change, inputs, places, tap
 from errata.tokens import passage
 from tests import tiny
 
@@ -38,11 +38,22 @@ def test_an_edit_shows_the_same_alone_and_in_a_batch_of_any_passes(lm, which, mo
             together = tap(lm, sites, tiny.EDITS, which)
             assert together.owner.unique().tolist() == [0, 1, 2]
             for i, one in enumerate(alone):
-                part = together.of(i)
-                assert torch.equal(part.place, one.place)
+                own = together.owner == i
+                assert torch.equal(together.place[own], one.place)
+                torch.testing.assert_close(together.loss[own], one.loss, atol=1e-5, rtol=1e-4)
                 for side in ("K", "G"):
                     for name, t in getattr(one, side).items():
-                        torch.testing.assert_close(getattr(part, side)[name], t, atol=1e-5, rtol=1e-4)
+                        torch.testing.assert_close(getattr(together, side)[name][own], t, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["all", "target", "subject"])
+def test_what_is_of_interest_among_all_taps_is_what_is_tapped_of_it(lm, which):
+    sites = places(lm, [0])
+    with lm.frozen():
+        found, wanted = tap(lm, sites, tiny.EDITS), tap(lm, sites, tiny.EDITS, which)
+        chosen = among(lm, tiny.EDITS, which)
+    assert torch.equal(found.owner[chosen], wanted.owner)
+    assert torch.equal(found.place[chosen], wanted.place)
 
 
 @pytest.mark.parametrize("which", ["all", "target", "subject"])
