@@ -62,7 +62,7 @@ def test_training_sees_each_edit_as_its_own_patch(lm, name):
             alone = lm.logits(*asked.tokens.reads, **asked.tokens.inputs)
             for back in undo:
                 back()
-            torch.testing.assert_close(together[rows == i], alone[rows == i], atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(together[rows == i], alone[rows == i], atol=2e-4, rtol=1e-3)
 
 
 def test_mends_batch_is_the_sum_of_its_edits(lm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..data import Case
 from ..edit import Edit
 from ..lm import LM, Site
-from ..parts.basis import STRANGERS, Basis, strangers
+from ..parts.basis import DIRECTIONS, STRANGERS, Basis, strangers
 from ..parts.hyper import First, TapNet
 from ..parts.outer import losses, own, questions
 from ..parts.taps import Taps, Which, change, inputs, places, tap
@@ -82,7 +83,7 @@ class TapEditor(Trained):
     def fit(self, lm: LM, network: Any, cases: Sequence[Case]) -> None:
         if self.whiten:
             sites = places(lm, self.at)
-            many = STRANGERS * max(site.shape[1] for site in sites)
+            many = STRANGERS * math.ceil(max(site.shape[1] for site in sites) / DIRECTIONS)
             edits = list(strangers(cases, random.Random(self.seed), many))
             network["basis"].fit(inputs(lm, sites, edits, self.tokens))
 

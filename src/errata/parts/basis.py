@@ -18,8 +18,8 @@ from ..edit import Edit
 from ..lm import Site
 from .taps import Taps
 
-STRANGERS = 12
-"""Made-up subjects that a moment is taken on, for each direction of an input."""
+STRANGERS, DIRECTIONS = 3000, 256
+"""So many made-up subjects a moment is taken on, for so many directions of an input."""
 RIDGE = 1e-3
 """Of the moment's mean diagonal, added to it."""
 
