@@ -12,7 +12,7 @@ from errata import KE, MALMEN, MEND
 from errata.methods.malmen import solved
 from errata.methods.mend import numbered
 from errata.parts import outer
-from errata.parts.outer import losses, own, questions, weights
+from errata.parts.outer import apart, losses, own, questions, weights
 from errata.parts.taps import change, places, tap
 from tests import tiny
 
@@ -98,17 +98,22 @@ def test_polyaks_step_would_take_every_loss_to_zero_were_it_linear(lm):
 
 @pytest.mark.parametrize("name", ["malmen", "malmen, white", "malmen, polyak", "malmen, twice"])
 def test_malmens_decoupled_gradients_are_those_of_the_whole_graph(lm, name):
-    """The network learns the same as if the loss had been differentiated through all of the (last) round at once."""
-    how, cases = MADE[name], tiny.cases()[:4]
+    """The network learns the same as if the loss had been differentiated through the updates of all rounds at once.
+
+    What a round is shown of the model is given, also where the round before it had a part in that.
+    """
+    how, cases = MADE[name], apart(tiny.cases()[:4])
     edits = [c.edit for c in cases]
     with lm.frozen(), torch.enable_grad():
         network, sites = stirred(how, lm), places(lm, how.at)
-        basis, before = network["basis"], how.moved(lm, network, edits, how.rounds - 1)
-        with weights(sites, before):
-            seen = basis.seen(tap(lm, sites, edits, how.tokens))
-        found = solved(how.normal(network, sites, [seen]))
-        asked = questions(lm, cases, random.Random(0))
-        with weights(sites, {n: basis.out(n, found[n][1].float()) + before.get(n, 0) for n in found}):
+        basis, total = network["basis"], {}
+        for _ in range(how.rounds):
+            with weights(sites, {n: t.detach() for n, t in total.items()}):
+                seen = basis.seen(tap(lm, sites, edits, how.tokens))
+            found = solved(how.normal(network, sites, [seen]))
+            total = {n: total.get(n, 0) + basis.out(n, found[n][1].float()) for n in found}
+        asked = questions(lm, cases, random.Random(0), shared=True)
+        with weights(sites, total):
             edit, stay = losses(lm, asked)
         (how.weight * edit + stay).backward()
         direct = {n: p.grad.clone() for n, p in network.named_parameters()}

@@ -10,7 +10,7 @@ import torch
 
 from errata import LM, MALMEN, RLEdit
 from errata.methods.malmen import solved
-from errata.parts.outer import losses, questions, weights
+from errata.parts.outer import apart, losses, questions, weights
 from errata.parts.taps import places, tap
 from errata.train import Course
 from tests import tiny
@@ -49,7 +49,7 @@ def test_a_sequence_of_one_step_is_malmens_batch(lm):
 @pytest.mark.parametrize("how", [HOW, dataclasses.replace(HOW, back=1), dataclasses.replace(HOW, whiten=True)])
 def test_gradients_are_those_of_the_whole_objective(lm, how):
     """Three steps of two edits, written out: each on the model as the earlier steps left it, which is given."""
-    cases = tiny.cases()[:6]
+    cases = apart(tiny.cases()[:6])
     with lm.frozen(), torch.enable_grad():
         network, sites, draw = stirred(how, lm), places(lm, AT), random.Random(0)
         basis, total = network["basis"], torch.zeros(())
@@ -60,7 +60,7 @@ def test_gradients_are_those_of_the_whole_objective(lm, how):
                 found = solved(how.normal(network, sites, [seen]))
                 made = {n: basis.out(n, update.float()) for n, (_, update) in found.items()}
                 for k in range(min(how.back, t + 1)):
-                    asked = questions(lm, cases[2 * (t - k) : 2 * (t - k) + 2], draw)
+                    asked = questions(lm, cases[2 * (t - k) : 2 * (t - k) + 2], draw, shared=True)
                     with weights(sites, made):
                         edit, stay = losses(lm, asked)
                     total = total + 0.5**k * (how.weight * edit + stay)

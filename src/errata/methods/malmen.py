@@ -22,7 +22,7 @@ from ..lm import LM, Site
 from ..method import Method
 from ..parts.basis import Basis
 from ..parts.hyper import First, RidgeNet, TapNet
-from ..parts.outer import losses, questions, weights
+from ..parts.outer import apart, losses, questions, weights
 from ..parts.taps import Taps, in_passes, places
 from ..patch import Patch
 from ..train import Losses
@@ -86,20 +86,26 @@ class MALMEN(MEND, name="malmen"):
         return found
 
     def learn(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
-        return self._last_round(lm, network, cases, draw, learning=True)
+        return self._through(lm, network, cases, draw, learning=True)
 
     def judge(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
-        return self._last_round(lm, network, cases, draw, learning=False)
+        return self._through(lm, network, cases, draw, learning=False)
 
-    def _last_round(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random, learning: bool) -> Losses:
-        """The losses after all rounds; it is the last one that the network learns from."""
-        sites, basis = places(lm, self.at), network["basis"]
-        before = self.moved(lm, network, [c.edit for c in cases], self.rounds - 1)
-        with weights(sites, before):
-            seen, found, deltas = self._joined(lm, network, sites, cases)
-        parts = self._asked(lm, basis, sites, deltas, cases, draw, before=before)
+    def _through(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random, learning: bool) -> Losses:
+        """The losses after all rounds. Every round learns from them, as if what it changes the next did not see."""
+        sites, basis, cases = places(lm, self.at), network["basis"], apart(cases)
+        rounds: list[tuple[list[Taps], Sums]] = []
+        moved: dict[str, Tensor] = {}
+        for _ in range(self.rounds):
+            with weights(sites, moved):
+                seen, found, deltas = self._joined(lm, network, sites, cases)
+            rounds.append((seen, found))
+            moved = {n: moved.get(n, 0) + basis.out(n, delta.detach()) for n, delta in deltas.items()}
+        pulled = {n: torch.zeros_like(update, requires_grad=True) for n, update in moved.items()}
+        parts = self._asked(lm, basis, sites, pulled, cases, draw, before=moved)
         if learning:
-            self.teach(network, sites, seen, found, deltas)
+            for seen, found in rounds:
+                self.teach(network, sites, seen, found, pulled)
         return parts
 
     def _joined(
@@ -151,7 +157,7 @@ class MALMEN(MEND, name="malmen"):
         found = {"total": 0.0, "edit": 0.0, "stay": 0.0}
         for start in range(0, len(cases), TOGETHER):
             some = cases[start : start + TOGETHER]
-            asked = questions(lm, some, draw)
+            asked = questions(lm, some, draw, shared=True)
             with weights(sites, {name: basis.out(name, delta) + before.get(name, 0) for name, delta in deltas.items()}):
                 edit, stay = losses(lm, asked)
             total, share = self.weight * edit + stay, times * len(some) / len(cases)
@@ -171,7 +177,7 @@ class MALMEN(MEND, name="malmen"):
             sites: the matrices.
             seen: the taps it answered to, pass by pass.
             found: what was solved with its answers.
-            deltas: the updates.
+            deltas: what has the gradients in the updates.
         """
         for site, net, number in numbered(network, sites):
             A, update = found[site.name]

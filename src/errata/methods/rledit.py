@@ -15,7 +15,7 @@ import torch
 
 from ..data import Case
 from ..lm import LM
-from ..parts.outer import weights
+from ..parts.outer import apart, weights
 from ..parts.taps import Which, places
 from ..train import Losses
 from .malmen import MALMEN
@@ -57,7 +57,7 @@ class RLEdit(MALMEN, name="rledit"):
 
     def _along(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random, learning: bool) -> Losses:
         """The losses along a sequence, a step's mean."""
-        sites, basis = places(lm, self.at), network["basis"]
+        sites, basis, cases = places(lm, self.at), network["basis"], apart(cases)
         steps = [cases[i : i + self.together] for i in range(0, len(cases), self.together) for _ in range(self.rounds)]
         moved = {site.name: torch.zeros(site.shape, device=lm.device) for site in sites}
         found: Losses = {"total": 0.0, "edit": 0.0, "stay": 0.0}

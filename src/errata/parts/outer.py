@@ -39,15 +39,23 @@ class Questions:
     """Log-probabilities there, (kept reads, vocabulary)."""
 
 
-def questions(lm: LM, cases: Sequence[Case], draw: random.Random) -> Questions:
-    """Draw the questions of a batch."""
+def questions(lm: LM, cases: Sequence[Case], draw: random.Random, shared: bool = False) -> Questions:
+    """Draw the questions of a batch.
+
+    Args:
+        lm: the unedited model.
+        cases: one of each edit.
+        draw: what is drawn by.
+        shared: whether one update makes all the edits. What it shall leave alone then is no question on another of
+            them, which it changes as it should, but on that one's neighbours.
+    """
     found = []
     for number, case in enumerate(cases):
         other = cases[(number + 1) % len(cases)]
-        same = [p for p in case.probes if p.kind == "paraphrase"]
-        near = [p for p in case.probes if p.kind == "neighbourhood"]
+        same, near = _of("paraphrase", case), _of("neighbourhood", case)
         asked = draw.choice(same) if same and draw.random() < 0.5 else case.probes[0]
-        stays = draw.choice(near) if near and draw.random() > FAR else _unrelated(other, draw)
+        far = (_of("neighbourhood", other) or near) if shared else []
+        stays = draw.choice(near) if near and draw.random() > FAR else _unrelated(other, far or other.probes, draw)
         found += [follow(p.prompt, p.answer) for p in (asked, stays)]
     tokens = lm.encode(found)
     keep = tokens.reads[0] % ROWS == 1
@@ -57,10 +65,25 @@ def questions(lm: LM, cases: Sequence[Case], draw: random.Random) -> Questions:
     return Questions(tokens, keep, before)
 
 
-def _unrelated(other: Case, draw: random.Random) -> Probe:
-    """A question on another case that its own edit would change, with the answer that it has now where it is known."""
-    asked = draw.choice(other.probes)
+def _of(kind: str, case: Case) -> list[Probe]:
+    return [p for p in case.probes if p.kind == kind]
+
+
+def _unrelated(other: Case, probes: Sequence[Probe], draw: random.Random) -> Probe:
+    """A question on another case; one that its edit would change, with the answer that it has now where it is known."""
+    asked = draw.choice(probes)
     return replace(asked, answer=other.edit.truth or asked.answer) if asked.kind != "neighbourhood" else asked
+
+
+def apart(cases: Sequence[Case]) -> list[Case]:
+    """Cases that one update can satisfy: one of each subject, and no neighbour that asks about another's subject."""
+    found = {c.edit.subject: c for c in cases}
+    return [
+        replace(
+            c, probes=tuple(p for p in c.probes if p.kind != "neighbourhood" or not any(s in p.prompt for s in found))
+        )
+        for c in found.values()
+    ]
 
 
 def losses(lm: LM, asked: Questions) -> tuple[Tensor, Tensor]:
