@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from errata import KE, MALMEN, MEND
+from errata import KE, MALMEN, MEND, ErrataError
 from errata.methods.malmen import solved
 from errata.methods.mend import numbered
 from errata.parts import outer
@@ -156,3 +156,18 @@ def test_malmens_batch_weighs_no_edit_less_for_its_company(lm):
         A = torch.cat([K, (net.log_ridge[0].double() / 2).exp() * torch.eye(K.shape[1]).double()])
         wanted = torch.linalg.lstsq(A, torch.cat([V, torch.zeros(K.shape[1], V.shape[1]).double()])).solution.T
     torch.testing.assert_close(update, wanted, atol=1e-6 * wanted.abs().max().item(), rtol=1e-4)
+
+
+def test_a_model_that_says_no_finite_numbers_is_refused_in_a_sentence(lm):
+    settings = {"at": WHERE["at"], "step": 0.1, "rank": 4}
+    made = MALMEN(**settings, editor=tiny.editor(MALMEN, lm, settings))
+    (site, *_) = places(lm, WHERE["at"])
+    broken = weights([site], {site.name: torch.full(site.shape, torch.inf)})
+    with broken, pytest.raises(ErrataError, match="no finite change"):
+        made.edit(lm, [tiny.EDITS[0]])
+
+
+def test_what_cannot_be_solved_gives_no_finite_update():
+    """And no error of its own: `Method.edit` refuses it in a sentence, and a run notes the failed edit and goes on."""
+    A, B = torch.ones(3, 3).double(), torch.ones(2, 3).double()
+    assert not solved({"a": (A, B)})["a"][1].isfinite().any()
