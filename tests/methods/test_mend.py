@@ -130,10 +130,10 @@ def test_a_second_round_is_the_same_batch_edited_again(lm):
     edits, sites = list(tiny.EDITS), places(lm, once.at)
     with lm.frozen(), torch.no_grad():
         network = stirred(once, lm)
-        first = once.moved(lm, network, edits, 1)
+        first = once.moved(lm, network, edits)
         with weights(sites, first):
-            second = once.moved(lm, network, edits, 1)
-        both = once.moved(lm, network, edits, 2)
+            second = once.moved(lm, network, edits)
+        both = MADE["malmen, twice"].moved(lm, network, edits)
         losses = [tap(lm, sites, edits).loss.mean()]
         for made in (first, both):
             with weights(sites, made):

@@ -1,7 +1,7 @@
 """MALMEN: MEND for thousands of edits, whose updates are joined by least squares instead of being summed.
 
-Neither editing nor training holds more than one pass of edits: the normal equation is two sums over tokens, and the
-gradient of the loss reaches the network through the gradient of the update alone.
+Editing holds one pass of edits at a time, as the normal equation is two sums over tokens. Training holds the taps of a
+batch, and no graph of it: the gradient of the loss reaches the network through the gradient of the update alone.
 """
 
 from __future__ import annotations
@@ -70,18 +70,28 @@ class MALMEN(MEND, name="malmen"):
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         how, network = self.ready(lm)
-        owners, found = torch.arange(len(edits)), how.moved(lm, network, edits, how.rounds)
+        owners, found = torch.arange(len(edits)), how.moved(lm, network, edits)
         return Patch({name: (Dense(owners, update.cpu()),) for name, update in found.items()})
 
     @torch.no_grad()
-    def moved(self, lm: LM, network: Any, edits: Sequence[Edit], rounds: int) -> dict[str, Tensor]:
-        """By matrix, what so many rounds make of the edits, (d_out, d_in)."""
+    def moved(
+        self, lm: LM, network: Any, edits: Sequence[Edit], rounds: list[tuple[list[Taps], Sums]] | None = None
+    ) -> dict[str, Tensor]:
+        """By matrix, what all rounds make of the edits, (d_out, d_in).
+
+        What each was shown, and what was solved, is added to `rounds` where that is given.
+        """
         sites, basis = places(lm, self.at), network["basis"]
         found: dict[str, Tensor] = {}
-        for _ in range(rounds):
+        for _ in range(self.rounds):
             with weights(sites, found):
-                sums = self.normal(network, sites, map(basis.seen, in_passes(lm, sites, edits, self.tokens)))
-            made = {name: basis.out(name, update.float()) for name, (_, update) in solved(sums).items()}
+                passes = map(basis.seen, in_passes(lm, sites, edits, self.tokens))
+                if rounds is None:
+                    sums = solved(self.normal(network, sites, passes))
+                else:
+                    sums = solved(self.normal(network, sites, seen := list(passes)))
+                    rounds.append((seen, sums))
+            made = {name: basis.out(name, update.float()) for name, (_, update) in sums.items()}
             found = {name: found.get(name, 0) + update for name, update in made.items()}
         return found
 
@@ -94,29 +104,13 @@ class MALMEN(MEND, name="malmen"):
     def _through(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random, learning: bool) -> Losses:
         """The losses after all rounds. Every round learns from them, as if what it changes the next did not see."""
         sites, basis, cases = places(lm, self.at), network["basis"], apart(cases)
-        rounds: list[tuple[list[Taps], Sums]] = []
-        moved: dict[str, Tensor] = {}
-        for _ in range(self.rounds):
-            with weights(sites, moved):
-                seen, found, deltas = self._joined(lm, network, sites, cases)
-            rounds.append((seen, found))
-            moved = {n: moved.get(n, 0) + basis.out(n, delta.detach()) for n, delta in deltas.items()}
-        pulled = {n: torch.zeros_like(update, requires_grad=True) for n, update in moved.items()}
+        rounds = [] if learning else None
+        moved = self.moved(lm, network, [c.edit for c in cases], rounds)
+        pulled = {name: torch.zeros_like(update, requires_grad=True) for name, update in moved.items()}
         parts = self._asked(lm, basis, sites, pulled, cases, draw, before=moved)
-        if learning:
-            for seen, found in rounds:
-                self.teach(network, sites, seen, found, pulled)
+        for seen, found in rounds or ():
+            self.teach(network, sites, seen, found, pulled)
         return parts
-
-    def _joined(
-        self, lm: LM, network: Any, sites: Sequence[Site], cases: Sequence[Case]
-    ) -> tuple[list[Taps], Sums, dict[str, Tensor]]:
-        """Of the model as it is now: taps of the cases' edits, what was solved, and the updates, to take gradients."""
-        edits, basis = [c.edit for c in cases], network["basis"]
-        seen = list(map(basis.seen, in_passes(lm, sites, edits, self.tokens)))
-        with torch.no_grad():
-            found = solved(self.normal(network, sites, seen))
-        return seen, found, {name: update.float().requires_grad_() for name, (_, update) in found.items()}
 
     def normal(self, network: Any, sites: Sequence[Site], passes: Iterable[Taps]) -> Sums:
         """The two sides of the normal equation, summed pass by pass."""

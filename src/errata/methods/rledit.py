@@ -16,9 +16,9 @@ import torch
 from ..data import Case
 from ..lm import LM
 from ..parts.outer import apart, weights
-from ..parts.taps import Which, places
+from ..parts.taps import Which, in_passes, places
 from ..train import Losses
-from .malmen import MALMEN
+from .malmen import MALMEN, solved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,11 @@ class RLEdit(MALMEN, name="rledit"):
         found: Losses = {"total": 0.0, "edit": 0.0, "stay": 0.0}
         for t in range(len(steps)):
             with weights(sites, moved):
-                seen, solved, deltas = self._joined(lm, network, sites, steps[t])
+                edits = [c.edit for c in steps[t]]
+                seen = list(map(basis.seen, in_passes(lm, sites, edits, self.tokens)))
+                with torch.no_grad():
+                    sums = solved(self.normal(network, sites, seen))
+                deltas = {name: update.float().requires_grad_() for name, (_, update) in sums.items()}
                 for k in range(min(self.back, t + 1)):
                     for name, value in self._asked(lm, basis, sites, deltas, steps[t - k], draw, self.decay**k).items():
                         found[name] += value
@@ -72,6 +76,6 @@ class RLEdit(MALMEN, name="rledit"):
             found["total"] += size.item()
             if learning:
                 size.backward()
-                self.teach(network, sites, seen, solved, deltas)
+                self.teach(network, sites, seen, sums, deltas)
             moved = {name: moved[name] + one.detach() for name, one in made.items()}
         return {name: value / len(steps) for name, value in found.items()}
