@@ -31,6 +31,14 @@ def test_no_subject_that_is_edited_in_a_test_is_learned_from(parts: dict[str, li
     assert asked.isdisjoint(c.edit.text for c in judged)
 
 
+def test_what_stands_near_a_fact_is_edited_and_learned_by_nobody(parts: dict[str, list[Case]]):
+    """So that all facts of both data sets can be edited at once, and what stands near them has to stay."""
+    subjects = {c.edit.subject for part in (*parts.values(), load("counterfact-mini")) for c in part}
+    near = [p.prompt for c in parts["edit"] for p in c.probes if p.kind == "neighbourhood"]
+    assert len(near) == 5 * len(parts["edit"])
+    assert not [subject for subject in subjects if subject in "\n".join(near)]
+
+
 def test_a_target_is_another_object_of_the_same_relation(parts: dict[str, list[Case]]):
     objects = {(c.relation, c.edit.truth) for c in parts["train"] + parts["edit"]}
     for case in parts["edit"]:

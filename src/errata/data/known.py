@@ -33,35 +33,51 @@ def rows(part: str) -> Iterator[dict[str, Any]]:
     """The rows of a part, always the same: in `edit` one for each fact, in `train` one for each of several targets."""
     draw = Random(part)
     facts = _facts(part)
-    by_relation: dict[str, list[Fact]] = defaultdict(list)
-    for fact in facts:
-        by_relation[fact["relation"]].append(fact)
+    around = _by_relation(_facts("near") if part == "edit" else facts)
     found = []
-    for alike in by_relation.values():
+    for relation, alike in _by_relation(facts).items():
         objects = [fact["object"] for fact in alike]  # one that many subjects have is as often a target
         each = 1 if part == "edit" else max(6, min(40, ROWS // len(alike)))
         for fact in alike:
             others = [o for o in objects if o != fact["object"]]
             for _ in range(each if others else 0):
-                found.append(_row(part, fact, draw.choice(others), alike, facts, draw))
+                found.append(_row(part, fact, draw.choice(others), alike, around[relation], facts, draw))
     draw.shuffle(found)
     return ({"case_id": number, **row} for number, row in enumerate(found))
 
 
+def _by_relation(facts: list[Fact]) -> dict[str, list[Fact]]:
+    found: dict[str, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        found[fact["relation"]].append(fact)
+    return found
+
+
 def _facts(part: str) -> list[Fact]:
+    """Those of a part's subjects, or `near` those that counterfact-mini's neighbours name: nobody edits or learns them.
+
+    So all edits of both data sets can be made at once, and what stands near them shall stay.
+    """
     mini = json.loads((HERE / "counterfact-mini.json").read_text())["edit"]
     edited = {row["requested_rewrite"]["subject"] for row in mini}
     asked = "\n".join(prompt for row in mini for prompt in row["neighborhood_prompts"])
     lines = (HERE / "facts.jsonl").read_text().splitlines()
-    facts = [f for f in map(json.loads, lines) if f["subject"] not in edited and f["subject"] not in asked]
+    facts = [
+        f for f in map(json.loads, lines) if f["subject"] not in edited and (f["subject"] in asked) == (part == "near")
+    ]
+    if part == "near":
+        return facts
     held = set(sorted({f["subject"] for f in facts})[::HELD])
     return [f for f in facts if (f["subject"] in held) == (part == "edit")]
 
 
-def _row(part: str, fact: Fact, target: str, alike: list[Fact], facts: list[Fact], draw: Random) -> dict[str, Any]:
+def _row(
+    part: str, fact: Fact, target: str, alike: list[Fact], around: list[Fact], facts: list[Fact], draw: Random
+) -> dict[str, Any]:
+    """Its paraphrases are asked as of those `alike`, its neighbours are among those `around`, of the same relation."""
     ways = sorted({f["prompt"] for f in alike})
-    same = [f for f in alike if f["object"] == fact["object"] and f["subject"] != fact["subject"]]
-    rest = [f for f in alike if f["subject"] != fact["subject"]]
+    same = [f for f in around if f["object"] == fact["object"] and f["subject"] != fact["subject"]]
+    rest = [f for f in around if f["subject"] != fact["subject"]]
     near = [draw.choice(same if same and draw.random() < 0.8 else rest) for _ in range(5)]
     if part == "train" and draw.random() < NAMESAKES:
         near.append(_namesake(fact, facts, draw))
