@@ -8,12 +8,12 @@ import random
 import pytest
 import torch
 
-from errata import KE, MALMEN, MEND, ErrataError
+from errata import KE, MALMEN, MEND, Edit, ErrataError, UsageError
 from errata.methods.malmen import solved
 from errata.methods.mend import numbered
 from errata.parts import outer
 from errata.parts.outer import apart, losses, own, questions, weights
-from errata.parts.taps import change, places, tap
+from errata.parts.taps import change, drift, places, spoken, tap
 from tests import tiny
 
 WHERE = {"at": (0, "model.layers.2.mlp.down_proj"), "step": 1e-2}
@@ -26,6 +26,9 @@ MADE = {
     "mend, polyak": MEND(at=WHERE["at"], step=1.0, rank=4, tokens="target", polyak=True),
     "malmen, polyak": MALMEN(at=WHERE["at"], step=0.1, rank=4, polyak=True),
     "malmen, twice": MALMEN(at=WHERE["at"], step=0.1, rank=4, polyak=True, whiten=True, rounds=2),
+    "malmen, near": MALMEN(
+        at=WHERE["at"], step=0.1, rank=4, polyak=True, whiten=True, rounds=2, tokens="target", likes=3.0, namesakes=1
+    ),
 }
 
 
@@ -96,7 +99,7 @@ def test_polyaks_step_would_take_every_loss_to_zero_were_it_linear(lm):
     torch.testing.assert_close(told, -how.step * loss, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["malmen", "malmen, white", "malmen, polyak", "malmen, twice"])
+@pytest.mark.parametrize("name", ["malmen", "malmen, white", "malmen, polyak", "malmen, twice", "malmen, near"])
 def test_malmens_decoupled_gradients_are_those_of_the_whole_graph(lm, name):
     """The network learns the same as if the loss had been differentiated through the updates of all rounds at once.
 
@@ -106,11 +109,10 @@ def test_malmens_decoupled_gradients_are_those_of_the_whole_graph(lm, name):
     edits = [c.edit for c in cases]
     with lm.frozen(), torch.enable_grad():
         network, sites = stirred(how, lm), places(lm, how.at)
-        basis, total = network["basis"], {}
+        basis, total, near = network["basis"], {}, how.near(lm, edits)
         for _ in range(how.rounds):
             with weights(sites, {n: t.detach() for n, t in total.items()}):
-                seen = basis.seen(tap(lm, sites, edits, how.tokens))
-            found = solved(how.normal(network, sites, [seen]))
+                found, _ = how.round(lm, network, sites, edits, near, keep=False)
             total = {n: total.get(n, 0) + basis.out(n, found[n][1].float()) for n in found}
         asked = questions(lm, cases, random.Random(0), shared=True)
         with weights(sites, total):
@@ -141,6 +143,59 @@ def test_a_second_round_is_the_same_batch_edited_again(lm):
     for name, update in both.items():
         torch.testing.assert_close(update, first[name] + second[name])
     assert losses[2] < losses[1] < losses[0]
+
+
+def alike(lm) -> list[Edit]:
+    """Edits of three subjects that the model gives one answer to, and of one that it gives another."""
+    targets = {"New Zealand": "Lima", "New Zealand New": "Oslo", "Zealand New Zealand": "Paris", "Peru": "Rome"}
+    edits = [Edit(tiny.PROMPT, name, target) for name, target in targets.items()]
+    answers = spoken(lm, edits).argmax(-1).tolist()
+    assert answers[0] == answers[1] == answers[2] != answers[3]
+    return edits
+
+
+def test_likes_weigh_what_edits_of_one_answer_have_in_common(lm):
+    """As if each had shown their mean too, so many times, and nothing there should move."""
+    how = MALMEN(at=WHERE["at"], step=0.1, rank=4, tokens="target", whiten=True, likes=5.0)
+    with lm.frozen(), torch.no_grad():
+        edits, sites, network = alike(lm), places(lm, how.at), stirred(how, lm)
+        found, _ = how.round(lm, network, sites, edits, how.near(lm, edits), keep=False)
+        seen = network["basis"].seen(tap(lm, sites, edits, "target"))
+        first = [seen.owner.tolist().index(i) for i in range(3)]
+        for site, net, number in numbered(network, sites):
+            V = net.values(seen.K[site.name], seen.G[site.name], number).double()
+            K = seen.K[site.name].double()
+            shown = torch.cat([K, K[first].mean(0).expand(3, -1) * 5.0**0.5])
+            wanted = torch.cat([V, V.new_zeros(3, V.shape[1])])
+            A = shown.T @ shown + net.log_ridge[number].double().exp() * torch.eye(K.shape[1]).double()
+            direct = torch.linalg.solve(A, shown.T @ wanted).T
+            torch.testing.assert_close(found[site.name][1], direct, atol=1e-6 * direct.abs().max().item(), rtol=1e-4)
+
+
+def test_namesakes_are_drawn_back(lm):
+    """Rounds that look at them leave a tenth of the drift there, and the edits are made all the same."""
+    drifts, told = [], []
+    with lm.frozen(), torch.no_grad():
+        edits, sites = alike(lm), places(lm, WHERE["at"])
+        begin = tap(lm, sites, edits, "target").loss.mean()
+        for n in (0, 2):
+            how = MALMEN(
+                at=WHERE["at"], step=0.5, rank=4, tokens="target", whiten=True, polyak=True, rounds=8, namesakes=n
+            )
+            network = how.network(lm)
+            how.fit(lm, network, tiny.cases())
+            near = dataclasses.replace(how, namesakes=2).near(lm, edits)
+            with weights(sites, how.moved(lm, network, edits)):
+                shown = list(drift(lm, sites, near.namesakes, "target", near.spoken))
+                told.append(tap(lm, sites, edits, "target").loss.mean())
+            drifts.append(torch.cat([t.loss for t in shown]).mean())
+    assert drifts[1] < 0.1 * drifts[0]
+    assert max(told) < 0.5 * begin
+
+
+def test_likes_need_one_token_of_each_edit():
+    with pytest.raises(UsageError, match="give tokens='target'"):
+        MALMEN(likes=1.0)
 
 
 def test_malmens_batch_weighs_no_edit_less_for_its_company(lm):

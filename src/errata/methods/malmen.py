@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from ..changes import Dense
 from ..data import Case
 from ..edit import Edit
+from ..errors import UsageError
 from ..lm import LM, Site
 from ..method import Method
 from ..parts.basis import Basis
 from ..parts.hyper import First, RidgeNet, TapNet
+from ..parts.near import Likes, Near, namesakes
 from ..parts.outer import apart, losses, questions, weights
-from ..parts.taps import Taps, in_passes, places
+from ..parts.taps import Taps, drift, in_passes, places, spoken
 from ..patch import Patch
 from ..train import Losses
 from .mend import MEND, numbered
@@ -58,7 +61,16 @@ class MALMEN(MEND, name="malmen"):
     """How often a batch is edited, each time on the model as the time before left it: what one step along a gradient
     leaves over is seen by the next. (The authors: once.)"""
 
+    likes: float = 0.0
+    """How much it counts that nothing changes in what edits of one answer have in common (`parts.near`)."""
+    namesakes: int = 0
+    """Made-up subjects of each edit, of the same answer, that every round draws back to it."""
+
     net: ClassVar[type[TapNet]] = RidgeNet
+
+    def __post_init__(self) -> None:
+        if self.likes and self.tokens == "all":
+            raise UsageError("likes compares edits by one token of each; give tokens='target' or tokens='subject'")
 
     def nets(self, lm: LM) -> dict[str, nn.Module]:
         found = super().nets(lm)
@@ -82,18 +94,38 @@ class MALMEN(MEND, name="malmen"):
         What each was shown, and what was solved, is added to `rounds` where that is given.
         """
         sites, basis = places(lm, self.at), network["basis"]
-        found: dict[str, Tensor] = {}
+        near, found = self.near(lm, edits), {}
         for _ in range(self.rounds):
             with weights(sites, found):
-                passes = map(basis.seen, in_passes(lm, sites, edits, self.tokens))
-                if rounds is None:
-                    sums = solved(self.normal(network, sites, passes))
-                else:
-                    sums = solved(self.normal(network, sites, seen := list(passes)))
-                    rounds.append((seen, sums))
+                sums, seen = self.round(lm, network, sites, edits, near, keep=rounds is not None)
+            if rounds is not None:
+                rounds.append((seen, sums))
             made = {name: basis.out(name, update.float()) for name, (_, update) in sums.items()}
             found = {name: found.get(name, 0) + update for name, update in made.items()}
         return found
+
+    def near(self, lm: LM, edits: Sequence[Edit]) -> Near:
+        """What is kept near the edits, as the model is now."""
+        before = spoken(lm, edits).argmax(-1).tolist() if self.likes or self.namesakes else []
+        kept = namesakes(lm, edits, before, random.Random(self.seed), self.namesakes) if self.namesakes else []
+        return Near(before, kept, spoken(lm, kept) if kept else None)
+
+    def round(
+        self, lm: LM, network: Any, sites: Sequence[Site], edits: Sequence[Edit], near: Near, keep: bool
+    ) -> tuple[Sums, list[Taps]]:
+        """What is solved for the edits on the model as it is now, and, where they are to be kept, the taps of that."""
+        basis, likes = network["basis"], Likes(near.before)
+        passes: Iterable[Taps] = map(basis.seen, in_passes(lm, sites, edits, self.tokens))
+        if self.likes:
+            passes = likes.watched(passes)
+        if near.spoken is not None:
+            kept = drift(lm, sites, near.namesakes, self.tokens, near.spoken)
+            passes = chain(passes, map(basis.seen, kept))
+        seen = list(passes) if keep else []
+        sums = self.normal(network, sites, seen or passes)
+        if self.likes:
+            sums = {name: (A + self.likes * likes.moment(name), B) for name, (A, B) in sums.items()}
+        return solved(sums), seen
 
     def learn(self, lm: LM, network: Any, cases: Sequence[Case], draw: random.Random) -> Losses:
         return self._through(lm, network, cases, draw, learning=True)
@@ -127,7 +159,7 @@ class MALMEN(MEND, name="malmen"):
             stride = self.stride(network, sites, taps)
             for site, net, number in rows:
                 K = taps.K[site.name]
-                V = (net.values(K, taps.G[site.name], number) * stride).double()
+                V = (_values(net, taps, site, number) * stride).double()
                 A, B = found[site.name]
                 found[site.name] = A + K.double().T @ K.double(), B + V.T @ K.double()
         return found
@@ -182,8 +214,13 @@ class MALMEN(MEND, name="malmen"):
             (-(M * update).sum().to(ridge) * ridge.detach().exp() * ridge).backward()
             for taps in seen:
                 K = taps.K[site.name]
-                V = net.values(K, taps.G[site.name], number) * self.stride(network, sites, taps)
+                V = _values(net, taps, site, number) * self.stride(network, sites, taps)
                 (V * (K @ M.T.to(K))).sum().backward()
+
+
+def _values(net: RidgeNet, taps: Taps, site: Site, number: int) -> Tensor:
+    """How the output at each token shall move, (m, d_out)."""
+    return (net.back if taps.kept else net.values)(taps.K[site.name], taps.G[site.name], number)
 
 
 def solved(sums: Sums) -> Sums:

@@ -141,7 +141,7 @@ class MEND(TapEditor, name="mend"):
         rows = numbered(network, sites)
         falls = torch.stack([net.fall(seen.K[s.name], seen.G[s.name]) for s, net, _ in rows]).sum(0)
         whole = falls.new_zeros(int(seen.owner.max()) + 1).index_add(0, seen.owner, falls)
-        return (seen.loss / whole[seen.owner])[:, None]
+        return (seen.loss / whole[seen.owner].clamp(min=torch.finfo(whole.dtype).tiny))[:, None]
 
     net: ClassVar[type[TapNet]] = TapNet
 

@@ -16,9 +16,9 @@ import torch
 from ..data import Case
 from ..lm import LM
 from ..parts.outer import apart, weights
-from ..parts.taps import Which, in_passes, places
+from ..parts.taps import Which, places
 from ..train import Losses
-from .malmen import MALMEN, solved
+from .malmen import MALMEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +59,16 @@ class RLEdit(MALMEN, name="rledit"):
         """The losses along a sequence, a step's mean."""
         sites, basis, cases = places(lm, self.at), network["basis"], apart(cases)
         steps = [cases[i : i + self.together] for i in range(0, len(cases), self.together) for _ in range(self.rounds)]
+        near = []
         moved = {site.name: torch.zeros(site.shape, device=lm.device) for site in sites}
         found: Losses = {"total": 0.0, "edit": 0.0, "stay": 0.0}
         for t in range(len(steps)):
             with weights(sites, moved):
                 edits = [c.edit for c in steps[t]]
-                seen = list(map(basis.seen, in_passes(lm, sites, edits, self.tokens)))
                 with torch.no_grad():
-                    sums = solved(self.normal(network, sites, seen))
+                    if t % self.rounds == 0:
+                        near.append(self.near(lm, edits))
+                    sums, seen = self.round(lm, network, sites, edits, near[-1], keep=learning)
                 deltas = {name: update.float().requires_grad_() for name, (_, update) in sums.items()}
                 for k in range(min(self.back, t + 1)):
                     for name, value in self._asked(lm, basis, sites, deltas, steps[t - k], draw, self.decay**k).items():

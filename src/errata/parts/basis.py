@@ -72,8 +72,13 @@ def _unpacked(packed: Tensor, size: int) -> Tensor:
 
 def strangers(cases: Sequence[Case], draw: Random, n: int) -> Iterator[Edit]:
     """Edits like those of the cases, about made-up subjects whose words are theirs."""
+    names = [c.edit.subject for c in cases]
     for _ in range(n):
-        own, words = draw.choice(cases).edit, []
-        for word in own.subject.split():
-            words.append(draw.choice(draw.choice(cases).edit.subject.split()) if draw.random() < 0.7 else word)
-        yield Edit(own.prompt, " ".join(words), own.target)
+        own = draw.choice(cases).edit
+        yield replace(own, subject=made_up(own.subject, names, draw), truth=None)
+
+
+def made_up(name: str, names: Sequence[str], draw: Random) -> str:
+    """A name like another, most of whose words are those of other names."""
+    words = [draw.choice(draw.choice(names).split()) if draw.random() < 0.7 else word for word in name.split()]
+    return " ".join(words)

@@ -85,8 +85,13 @@ class TapNet(nn.Module):
     def fall(self, K: Tensor, G: Tensor) -> Tensor:
         """How fast an edit's loss falls (m,), by a token of its, along what comes of it if the layers change nothing
         (and the normaliser takes no mean away)."""
-        k, g = (torch.cat([K, G], 1) / self.normal.std).split(self.sizes, 1)
+        k, g = self.scaled(K, G)
         return (K * k).sum(1) * (G * g).sum(1)
+
+    def scaled(self, K: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+        """(m, d_in) and (m, d_out) by their deviations alone: no gradient stays none."""
+        k, g = (torch.cat([K, G], 1) / self.normal.std).split(self.sizes, 1)
+        return k, g
 
 
 class RidgeNet(TapNet):
@@ -99,4 +104,12 @@ class RidgeNet(TapNet):
     def values(self, K: Tensor, G: Tensor, matrix: int) -> Tensor:
         """How the output at each token shall move, (m, d_out): v = -rate (k . k~) g~ (MALMEN, eq. 3)."""
         k, g = self(K, G, matrix)
+        return self._moved(K, k, g, matrix)
+
+    def back(self, K: Tensor, G: Tensor, matrix: int) -> Tensor:
+        """The same for tokens whose loss is a drift: down their gradient, which no layer sees."""
+        k, g = self.scaled(K, G)
+        return self._moved(K, k, g, matrix)
+
+    def _moved(self, K: Tensor, k: Tensor, g: Tensor, matrix: int) -> Tensor:
         return -self.log_rate[matrix].exp() * (K * k).sum(1, keepdim=True) * g

@@ -6,14 +6,14 @@ The gradient of a matrix is the sum over tokens of g k^T, k its input and g the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from ..changes import Dense, LowRank
 from ..edit import Edit
@@ -23,6 +23,9 @@ from ..trace import hidden, read
 
 TOKENS = 16_384
 """Tokens in one pass, padding included. Changes the memory, not the result."""
+
+ROUNDING = 1e-6
+"""A divergence below this is none."""
 
 Which = Literal["all", "target", "subject"]
 """Tokens that are tapped: all that are read before the target ends, those that the target's tokens are read off, or the
@@ -43,6 +46,8 @@ class Taps:
     """Gradients at the outputs by matrix, (m, d_out) float32, of each edit's own loss: no edit weakens another."""
     loss: Tensor
     """(m,) float32: that of the edit that the token belongs to."""
+    kept: bool = False
+    """Whether the loss is the drift of what shall stay (`drift`), and no edit's."""
 
 
 def places(lm: LM, at: Sequence[int | str]) -> list[Site]:
@@ -61,7 +66,35 @@ def tap(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "al
 def in_passes(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> Iterator[Taps]:
     """The same pass by pass, so that the memory of one batch does for any number of edits; `owner` counts them all."""
     for start, tokens in _batches(lm, edits):
-        yield _tapped(lm, sites, tokens, which, start)
+        yield _tapped(lm, sites, tokens, which, start, nll)
+
+
+def drift(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which, before: Tensor) -> Iterator[Taps]:
+    """Taps of answers that shall stay, pass by pass: the loss is how far they have gone from what they were.
+
+    Args:
+        lm: the model as it is now.
+        sites: the matrices.
+        edits: whose prompts are asked; nothing is made of their targets.
+        which: the tokens that are tapped.
+        before: how the answers began (`spoken`).
+    """
+    for start, tokens in _batches(lm, edits):
+        begun, then = _begun(tokens), before[start : start + len(tokens)]
+        taps = _tapped(lm, sites, begun, which, start, lambda logits, t, then=then: divergence(logits, t, then))
+        yield replace(taps, loss=taps.loss * (taps.loss > ROUNDING), kept=True)
+
+
+@torch.no_grad()
+def spoken(lm: LM, edits: Sequence[Edit]) -> Tensor:
+    """Log-probabilities of how the model would begin its answer to each edit's prompt, (edits, vocabulary)."""
+    found = [lm.logits(*_begun(tokens).reads, **tokens.inputs) for _, tokens in _batches(lm, edits)]
+    return log_softmax(torch.cat(found), -1)
+
+
+def _begun(tokens: Tokens) -> Tokens:
+    """With a target of one token: the first."""
+    return replace(tokens, target=tokens.target & (tokens.target.cumsum(1) == 1))
 
 
 def inputs(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> dict[str, Tensor]:
@@ -86,7 +119,14 @@ def _batches(lm: LM, edits: Sequence[Edit]) -> Iterator[tuple[int, Tokens]]:
         yield start, tokens[slice(start, start + rows)]
 
 
-def _tapped(lm: LM, sites: Sequence[Site], tokens: Tokens, which: Which, start: int) -> Taps:
+def _tapped(
+    lm: LM,
+    sites: Sequence[Site],
+    tokens: Tokens,
+    which: Which,
+    start: int,
+    lost: Callable[[Tensor, Tokens], Tensor],
+) -> Taps:
     given: dict[str, Tensor] = {}
     nudges: dict[str, Tensor] = {}
 
@@ -101,7 +141,7 @@ def _tapped(lm: LM, sites: Sequence[Site], tokens: Tokens, which: Which, start: 
     with ExitStack() as stack, torch.enable_grad():
         for site in sites:
             stack.callback(site.module.register_forward_hook(nudged(site.name)).remove)
-        loss = nll(lm.logits(*tokens.reads, **tokens.inputs), tokens)
+        loss = lost(lm.logits(*tokens.reads, **tokens.inputs), tokens)
         found = torch.autograd.grad(loss.sum(), [nudges[s.name] for s in sites])
     owner, place = _chosen(tokens, which).nonzero(as_tuple=True)
     G = {s.name: hidden(g, len(tokens))[owner, place].float() for s, g in zip(sites, found, strict=True)}
@@ -111,9 +151,17 @@ def _tapped(lm: LM, sites: Sequence[Site], tokens: Tokens, which: Which, start: 
 
 def nll(logits: Tensor, tokens: Tokens) -> Tensor:
     """The mean negative log-probability of each row's target, (rows,), from the logits where it is read."""
+    return _by_row(cross_entropy(logits, tokens.wanted, reduction="none"), tokens)
+
+
+def divergence(logits: Tensor, tokens: Tokens, before: Tensor) -> Tensor:
+    """The mean KL from each row's log-probabilities `before`, where its target is read, (rows,)."""
+    return _by_row(kl_div(log_softmax(logits, -1), before, log_target=True, reduction="none").sum(-1), tokens)
+
+
+def _by_row(lost: Tensor, tokens: Tokens) -> Tensor:
     rows, _ = tokens.reads
-    lost = cross_entropy(logits, tokens.wanted, reduction="none") / tokens.target.sum(1)[rows]
-    return lost.new_zeros(len(tokens)).index_add(0, rows, lost)
+    return lost.new_zeros(len(tokens)).index_add(0, rows, lost / tokens.target.sum(1)[rows])
 
 
 def _chosen(tokens: Tokens, which: Which) -> Tensor:
