@@ -1,7 +1,8 @@
 """What almanac knows, as rows in CounterFact's own form: a learned editor is trained on facts that its model knows.
 
 They are built as CounterFact's are: the target is another object of the relation, the neighbours are other subjects,
-mostly with the same object. No subject of counterfact-mini's part `edit` is in them, and none that its neighbours name.
+mostly with the same object. Nothing is learned or edited of a subject of counterfact-mini's part `edit`, nor of one
+that its neighbours name: those are the neighbours of part `edit` here, so that all edits of both can be made at once.
 Most rows of part `train` are about made-up names: there are too few real ones not to be learned by heart.
 """
 

@@ -158,10 +158,9 @@ class MALMEN(MEND, name="malmen"):
         for taps in passes:
             stride = self.stride(network, sites, taps)
             for site, net, number in rows:
-                K = taps.K[site.name]
-                V = (_values(net, taps, site, number) * stride).double()
+                V, K = (_values(net, taps, site, number) * stride).double(), taps.K[site.name].double()
                 A, B = found[site.name]
-                found[site.name] = A + K.double().T @ K.double(), B + V.T @ K.double()
+                found[site.name] = torch.addmm(A, K.T, K), torch.addmm(B, V.T, K)
         return found
 
     def _asked(
@@ -230,4 +229,5 @@ def solved(sums: Sums) -> Sums:
 
 def _by(A: Tensor, B: Tensor) -> Tensor:
     """B A^-1. Of a model that says no finite numbers any more it has none either, which whoever asked finds out."""
-    return torch.linalg.solve_ex(A, B.T).result.T
+    L, failed = torch.linalg.cholesky_ex(A)
+    return torch.cholesky_solve(B.T, L).T.masked_fill(failed != 0, torch.nan)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,13 @@ RIDGE = 1e-3
 
 
 class Basis(nn.Module):
-    """The factor L of every matrix, packed and in half precision; the identity until `fit`."""
+    """The factor L of every matrix, in numbers of half precision, packed in files; the identity until `fit`."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__()
         self.numbers = {site.name: i for i, site in enumerate(sites)}
         for i, site in enumerate(sites):
-            self.register_buffer(str(i), _packed(torch.eye(site.shape[1])))
+            self.register_buffer(str(i), torch.eye(site.shape[1]))
 
     @torch.no_grad()
     def fit(self, inputs: Mapping[str, Tensor]) -> None:
@@ -43,7 +44,7 @@ class Basis(nn.Module):
         for name, K in inputs.items():
             C = K.double().T @ K.double() / len(K)
             C.diagonal().add_(RIDGE * C.diagonal().mean())
-            self.get_buffer(str(self.numbers[name])).copy_(_packed(torch.linalg.cholesky(C)))
+            self.get_buffer(str(self.numbers[name])).copy_(torch.linalg.cholesky(C).half())
 
     def seen(self, taps: Taps) -> Taps:
         """Taps with inputs L^-1 k."""
@@ -56,18 +57,20 @@ class Basis(nn.Module):
     def _solved(self, name: str, rows: Tensor, transposed: bool) -> Tensor:
         if name not in self.numbers:
             return rows
-        L = _unpacked(self.get_buffer(str(self.numbers[name])), rows.shape[1])
+        L = self.get_buffer(str(self.numbers[name]))
         return torch.linalg.solve_triangular(L.T if transposed else L, rows.T, upper=transposed).T
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, L in self.named_buffers():
+            destination[prefix + name] = L[tuple(torch.tril_indices(*L.shape))].half()
 
-def _packed(L: Tensor) -> Tensor:
-    return L[tuple(torch.tril_indices(*L.shape))].half()
-
-
-def _unpacked(packed: Tensor, size: int) -> Tensor:
-    L = packed.new_zeros(size, size, dtype=torch.float32)
-    L[tuple(torch.tril_indices(size, size))] = packed.float()
-    return L
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **named: Any) -> None:
+        whole = dict(state_dict)
+        for name, L in self.named_buffers():
+            if (packed := whole.get(prefix + name)) is not None:
+                whole[prefix + name] = torch.zeros_like(L)
+                whole[prefix + name][tuple(torch.tril_indices(*L.shape))] = packed.to(L)
+        super()._load_from_state_dict(whole, prefix, *args, **named)
 
 
 def strangers(cases: Sequence[Case], draw: Random, n: int) -> Iterator[Edit]:
