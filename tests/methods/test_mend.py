@@ -13,7 +13,7 @@ from errata.methods.malmen import solved
 from errata.methods.mend import numbered
 from errata.parts import outer
 from errata.parts.outer import apart, losses, own, questions, weights
-from errata.parts.taps import change, drift, places, spoken, tap
+from errata.parts.taps import answers, change, drift, places, tap
 from tests import tiny
 
 WHERE = {"at": (0, "model.layers.2.mlp.down_proj"), "step": 1e-2}
@@ -149,8 +149,8 @@ def alike(lm) -> list[Edit]:
     """Edits of three subjects that the model gives one answer to, and of one that it gives another."""
     targets = {"New Zealand": "Lima", "New Zealand New": "Oslo", "Zealand New Zealand": "Paris", "Peru": "Rome"}
     edits = [Edit(tiny.PROMPT, name, target) for name, target in targets.items()]
-    answers = spoken(lm, edits).argmax(-1).tolist()
-    assert answers[0] == answers[1] == answers[2] != answers[3]
+    said = answers(lm, edits)
+    assert said[0] == said[1] == said[2] != said[3]
     return edits
 
 

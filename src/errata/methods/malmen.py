@@ -26,7 +26,7 @@ from ..parts.basis import Basis
 from ..parts.hyper import First, RidgeNet, TapNet
 from ..parts.near import Likes, Near, namesakes
 from ..parts.outer import apart, losses, questions, weights
-from ..parts.taps import Taps, drift, in_passes, places, spoken
+from ..parts.taps import Taps, answers, drift, in_passes, places, spoken
 from ..patch import Patch
 from ..train import Losses
 from .mend import MEND, numbered
@@ -106,7 +106,7 @@ class MALMEN(MEND, name="malmen"):
 
     def near(self, lm: LM, edits: Sequence[Edit]) -> Near:
         """What is kept near the edits, as the model is now."""
-        before = spoken(lm, edits).argmax(-1).tolist() if self.likes or self.namesakes else []
+        before = answers(lm, edits) if self.likes or self.namesakes else []
         kept = namesakes(lm, edits, before, random.Random(self.seed), self.namesakes) if self.namesakes else []
         return Near(before, kept, spoken(lm, kept) if kept else None)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..edit import Edit
 from ..lm import LM
 from .basis import made_up
-from .taps import Taps, spoken
+from .taps import Taps, answers
 
 TRIES = 12
 """Names made up for each namesake at most."""
@@ -61,7 +61,7 @@ def namesakes(lm: LM, edits: Sequence[Edit], before: Sequence[int], draw: Random
                 tried[i] = replace(edit, subject=name, truth=None)
         tried = {i: e for i, e in tried.items() if e.subject not in taken}
         if tried:
-            said = spoken(lm, list(tried.values())).argmax(-1).tolist()
+            said = answers(lm, list(tried.values()))
             for (i, edit), answer in zip(tried.items(), said, strict=True):
                 if answer == before[i] and edit.subject not in taken:
                     found[i].append(edit)

@@ -92,6 +92,13 @@ def spoken(lm: LM, edits: Sequence[Edit]) -> Tensor:
     return log_softmax(torch.cat(found), -1)
 
 
+@torch.no_grad()
+def answers(lm: LM, edits: Sequence[Edit]) -> list[int]:
+    """The token that the model would begin its answer to each edit's prompt with."""
+    found = [lm.logits(*_begun(tokens).reads, **tokens.inputs).argmax(-1) for _, tokens in _batches(lm, edits)]
+    return torch.cat(found).tolist()
+
+
 def _begun(tokens: Tokens) -> Tokens:
     """With a target of one token: the first."""
     return replace(tokens, target=tokens.target & (tokens.target.cumsum(1) == 1))
