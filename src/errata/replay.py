@@ -60,7 +60,7 @@ class Replay:
 
     def __init__(self, lm: LM, batch: Tokens, places: Sequence[str], start: Tensor) -> None:
         self.lm, self.first, self.start = lm, start, torch.zeros_like(start)
-        block = _block(lm, places[0])
+        block = block_of(lm, places[0])
         assert block is not None
         whole = lm.blocks[block] in places
         self.below = block + whole
@@ -126,7 +126,7 @@ def passes(lm: LM, batch: Tokens, places: Sequence[str], start: Tensor) -> Passe
         start: (batch,) the first column that changes.
     """
     full = FullPasses(lm, batch, start)
-    if _block(lm, places[0]) is None:
+    if block_of(lm, places[0]) is None:
         return full
 
     def both(replay: Replay) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def passes(lm: LM, batch: Tokens, places: Sequence[str], start: Tensor) -> Passe
     return proven(lm, ("replays", *places), what, lambda: Replay(lm, batch, places, start), both) or full
 
 
-def _block(lm: LM, place: str) -> int | None:
+def block_of(lm: LM, place: str) -> int | None:
     """The number of the block that a module is, or is a part of."""
     return next((i for i, b in enumerate(lm.blocks) if f"{place}.".startswith(f"{b}.")), None)
 

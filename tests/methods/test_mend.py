@@ -13,7 +13,7 @@ from errata.methods.malmen import solved
 from errata.methods.mend import numbered
 from errata.parts import outer
 from errata.parts.outer import apart, losses, own, questions, weights
-from errata.parts.taps import answers, change, drift, places, tap
+from errata.parts.taps import answers, change, places, tap
 from tests import tiny
 
 WHERE = {"at": (0, "model.layers.2.mlp.down_proj"), "step": 1e-2}
@@ -109,10 +109,10 @@ def test_malmens_decoupled_gradients_are_those_of_the_whole_graph(lm, name):
     edits = [c.edit for c in cases]
     with lm.frozen(), torch.enable_grad():
         network, sites = stirred(how, lm), places(lm, how.at)
-        basis, total, near = network["basis"], {}, how.near(lm, edits)
+        basis, total, near = network["basis"], {}, how.near(lm, sites, edits)
         for _ in range(how.rounds):
             with weights(sites, {n: t.detach() for n, t in total.items()}):
-                found, _ = how.round(lm, network, sites, edits, near, keep=False)
+                found, _ = how.round(network, sites, near, keep=False)
             total = {n: total.get(n, 0) + basis.out(n, found[n][1].float()) for n in found}
         asked = questions(lm, cases, random.Random(0), shared=True)
         with weights(sites, total):
@@ -159,7 +159,7 @@ def test_likes_weigh_what_edits_of_one_answer_have_in_common(lm):
     how = MALMEN(at=WHERE["at"], step=0.1, rank=4, tokens="target", whiten=True, likes=5.0)
     with lm.frozen(), torch.no_grad():
         edits, sites, network = alike(lm), places(lm, how.at), stirred(how, lm)
-        found, _ = how.round(lm, network, sites, edits, how.near(lm, edits), keep=False)
+        found, _ = how.round(network, sites, how.near(lm, sites, edits), keep=False)
         seen = network["basis"].seen(tap(lm, sites, edits, "target"))
         first = [seen.owner.tolist().index(i) for i in range(3)]
         for site, net, number in numbered(network, sites):
@@ -184,9 +184,9 @@ def test_namesakes_are_drawn_back(lm):
             )
             network = how.network(lm)
             how.fit(lm, network, tiny.cases())
-            near = dataclasses.replace(how, namesakes=2).near(lm, edits)
+            near = dataclasses.replace(how, namesakes=2).near(lm, sites, edits)
             with weights(sites, how.moved(lm, network, edits)):
-                shown = list(drift(lm, sites, near.namesakes, "target", near.spoken))
+                shown = list(near.namesakes[0].drift("target", near.namesakes[1]))
                 told.append(tap(lm, sites, edits, "target").loss.mean())
             drifts.append(torch.cat([t.loss for t in shown]).mean())
     assert drifts[1] < 0.1 * drifts[0]

@@ -21,6 +21,7 @@ from errata.lm import Site
 from errata.methods.malmen import solved
 from errata.parts.basis import Basis
 from errata.parts.hyper import Layer, TapNet
+from errata.parts.near import Near
 from errata.parts.taps import Taps
 
 HERE = Path(__file__).parent
@@ -104,7 +105,12 @@ def test_the_gradients_that_reach_malmens_network_are_the_authors(malmen, monkey
     from errata.methods import malmen as module
 
     monkeypatch.setattr(module, "places", lambda *_: SITES)
-    monkeypatch.setattr(module, "in_passes", lambda *_: [seen(given, slice(0, 5)), seen(given, slice(5, 10))])
+
+    class Given:
+        def taps(self, _which: str) -> list[Taps]:
+            return [seen(given, slice(0, 5)), seen(given, slice(5, 10))]
+
+    monkeypatch.setattr(MALMEN, "near", lambda *_: Near(Given(), [], None))
 
     def pulled(self, lm, basis, sites, deltas, cases, draw, before):
         sum((deltas[n] * given[f"{i}/pull"]).sum() for i, n in enumerate("ab")).backward()

@@ -12,7 +12,7 @@ from errata.edit import Edit
 from errata.parts import taps
 from errata.parts.near import Likes, namesakes
 from errata.parts.outer import weights
-from errata.parts.taps import drift, places, spoken, tap
+from errata.parts.taps import Again, places, spoken, tap
 from tests import tiny
 
 EDITS = [Edit(tiny.PROMPT, name, "Lima") for name in ("New Zealand", "Sri Lanka", "New Kenya", "Zealand Kenya", "Cuba")]
@@ -56,7 +56,7 @@ def test_a_subject_that_nothing_is_like_has_no_namesake(lm):
 def test_nothing_has_drifted_at_first(lm):
     before = spoken(lm, EDITS)
     assert before.argmax(-1).tolist() == begun(lm, EDITS)
-    for shown in drift(lm, places(lm, AT), EDITS, "target", before):
+    for shown in Again(lm, places(lm, AT), EDITS, begun=True).drift("target", before):
         assert not shown.loss.any()
 
 
@@ -65,6 +65,7 @@ def test_the_gradients_of_drift_are_those_of_the_divergence(lm, rows, monkeypatc
     """By a nudge of the weights: g k^T, summed over tokens, is the gradient of the divergence, edit by edit."""
     monkeypatch.setattr(taps, "TOKENS", rows)
     sites, before = places(lm, AT), spoken(lm, EDITS)
+    again = Again(lm, sites, EDITS, begun=True)
     draw = torch.Generator().manual_seed(0)
     moved = {s.name: 0.05 * torch.randn(s.shape, generator=draw) for s in sites}
     nudge = {s.name: torch.randn(s.shape, generator=draw) for s in sites}
@@ -74,7 +75,7 @@ def test_the_gradients_of_drift_are_those_of_the_divergence(lm, rows, monkeypatc
             return (before.exp() * (before - spoken(lm, EDITS))).sum(-1)
 
     with weights(sites, moved):
-        shown = list(drift(lm, sites, EDITS, "all", before))
+        shown = list(again.drift("all", before))
     owner, loss = torch.cat([t.owner for t in shown]), torch.cat([t.loss for t in shown])
     torch.testing.assert_close(loss, divergences(0.0)[owner], atol=1e-5, rtol=1e-3)
     told = torch.zeros(len(EDITS))

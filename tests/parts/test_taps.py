@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from errata.parts import taps
-from errata.parts.taps import among, change, inputs, places, tap
+from errata.parts.outer import weights
+from errata.parts.taps import Again, among, change, inputs, places, tap
 from errata.tokens import passage
 from tests import tiny
 
@@ -44,6 +45,27 @@ def test_an_edit_shows_the_same_alone_and_in_a_batch_of_any_passes(lm, which, mo
                 for side in ("K", "G"):
                     for name, t in getattr(one, side).items():
                         torch.testing.assert_close(getattr(together, side)[name][own], t, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("rows", [16_384, 1])
+def test_texts_tapped_again_show_what_plain_passes_do(architecture, rows, monkeypatch):
+    """Also after the matrices changed, and where what comes before them is not run again."""
+    monkeypatch.setattr(taps, "TOKENS", rows)
+    lm = tiny.lm(architecture)
+    sites = [lm.mlp_out(3), lm.attention_out(2)]
+    draw = torch.Generator().manual_seed(0)
+    with lm.frozen():
+        again = Again(lm, sites, tiny.EDITS)
+        for size in (0.0, 0.1):
+            with weights(sites, {s.name: size * torch.randn(s.shape, generator=draw) for s in sites}):
+                shown, wanted = list(again.taps("all")), tap(lm, sites, tiny.EDITS)
+            for part in ("owner", "place", "loss"):
+                torch.testing.assert_close(torch.cat([getattr(t, part) for t in shown]), getattr(wanted, part))
+            for side in ("K", "G"):
+                for name, t in getattr(wanted, side).items():
+                    found = torch.cat([getattr(s, side)[name] for s in shown])
+                    torch.testing.assert_close(found, t, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("which", ["all", "target", "subject"])

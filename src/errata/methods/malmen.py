@@ -26,7 +26,7 @@ from ..parts.basis import Basis
 from ..parts.hyper import First, RidgeNet, TapNet
 from ..parts.near import Likes, Near, namesakes
 from ..parts.outer import apart, losses, questions, weights
-from ..parts.taps import Taps, answers, drift, in_passes, places, spoken
+from ..parts.taps import Again, Taps, answers, places, spoken
 from ..patch import Patch
 from ..train import Losses
 from .mend import MEND, numbered
@@ -94,33 +94,32 @@ class MALMEN(MEND, name="malmen"):
         What each was shown, and what was solved, is added to `rounds` where that is given.
         """
         sites, basis = places(lm, self.at), network["basis"]
-        near, found = self.near(lm, edits), {}
+        near, found = self.near(lm, sites, edits), {}
         for _ in range(self.rounds):
             with weights(sites, found):
-                sums, seen = self.round(lm, network, sites, edits, near, keep=rounds is not None)
+                sums, seen = self.round(network, sites, near, keep=rounds is not None)
             if rounds is not None:
                 rounds.append((seen, sums))
             made = {name: basis.out(name, update.float()) for name, (_, update) in sums.items()}
             found = {name: found.get(name, 0) + update for name, update in made.items()}
         return found
 
-    def near(self, lm: LM, edits: Sequence[Edit]) -> Near:
-        """What is kept near the edits, as the model is now."""
+    def near(self, lm: LM, sites: Sequence[Site], edits: Sequence[Edit]) -> Near:
+        """The edits, and what is kept near them, as the model is now."""
         before = answers(lm, edits) if self.likes or self.namesakes else []
         kept = namesakes(lm, edits, before, random.Random(self.seed), self.namesakes) if self.namesakes else []
-        return Near(before, kept, spoken(lm, kept) if kept else None)
+        others = (Again(lm, sites, kept, begun=True), spoken(lm, kept)) if kept else None
+        return Near(Again(lm, sites, edits), before, others)
 
-    def round(
-        self, lm: LM, network: Any, sites: Sequence[Site], edits: Sequence[Edit], near: Near, keep: bool
-    ) -> tuple[Sums, list[Taps]]:
+    def round(self, network: Any, sites: Sequence[Site], near: Near, keep: bool) -> tuple[Sums, list[Taps]]:
         """What is solved for the edits on the model as it is now, and, where they are to be kept, the taps of that."""
         basis, likes = network["basis"], Likes(near.before)
-        passes: Iterable[Taps] = map(basis.seen, in_passes(lm, sites, edits, self.tokens))
+        passes: Iterable[Taps] = map(basis.seen, near.edits.taps(self.tokens))
         if self.likes:
             passes = likes.watched(passes)
-        if near.spoken is not None:
-            kept = drift(lm, sites, near.namesakes, self.tokens, near.spoken)
-            passes = chain(passes, map(basis.seen, kept))
+        if near.namesakes:
+            kept, said = near.namesakes
+            passes = chain(passes, map(basis.seen, kept.drift(self.tokens, said)))
         seen = list(passes) if keep else []
         sums = self.normal(network, sites, seen or passes)
         if self.likes:

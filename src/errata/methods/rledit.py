@@ -67,8 +67,8 @@ class RLEdit(MALMEN, name="rledit"):
                 edits = [c.edit for c in steps[t]]
                 with torch.no_grad():
                     if t % self.rounds == 0:
-                        near.append(self.near(lm, edits))
-                    sums, seen = self.round(lm, network, sites, edits, near[-1], keep=learning)
+                        near.append(self.near(lm, sites, edits))
+                    sums, seen = self.round(network, sites, near[-1], keep=learning)
                 deltas = {name: update.float().requires_grad_() for name, (_, update) in sums.items()}
                 for k in range(min(self.back, t + 1)):
                     for name, value in self._asked(lm, basis, sites, deltas, steps[t - k], draw, self.decay**k).items():

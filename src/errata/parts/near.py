@@ -19,7 +19,7 @@ from torch import Tensor
 from ..edit import Edit
 from ..lm import LM
 from .basis import made_up
-from .taps import Taps, answers
+from .taps import Again, Taps, answers
 
 TRIES = 12
 """Names made up for each namesake at most."""
@@ -29,13 +29,13 @@ OWN = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Near:
-    """What is kept near a batch of edits, of the model before them."""
+    """A batch of edits, and what is kept near it, of the model before them."""
 
+    edits: Again
     before: Sequence[int]
-    """The token that it begins its answer to each edit's prompt with."""
-    namesakes: Sequence[Edit]
-    spoken: Tensor | None
-    """What it says of the namesakes (`taps.spoken`), if there are any."""
+    """The token that the model begins its answer to each edit's prompt with; empty where nobody asks."""
+    namesakes: tuple[Again, Tensor] | None
+    """Made-up subjects, and how the model begins its answers there (`taps.spoken`)."""
 
 
 def namesakes(lm: LM, edits: Sequence[Edit], before: Sequence[int], draw: Random, each: int) -> list[Edit]:

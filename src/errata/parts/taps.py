@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from ..changes import Dense, LowRank
 from ..edit import Edit
 from ..lm import LM, Site
+from ..replay import FullPasses, Passes, block_of, passes
 from ..tokens import Tokens, passage
 from ..trace import hidden, read
 
@@ -66,23 +67,49 @@ def tap(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "al
 def in_passes(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> Iterator[Taps]:
     """The same pass by pass, so that the memory of one batch does for any number of edits; `owner` counts them all."""
     for start, tokens in _batches(lm, edits):
-        yield _tapped(lm, sites, tokens, which, start, nll)
+        yield _tapped(sites, which, nll, start, tokens, FullPasses(lm, tokens, _beginning(tokens)))
 
 
-def drift(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which, before: Tensor) -> Iterator[Taps]:
-    """Taps of answers that shall stay, pass by pass: the loss is how far they have gone from what they were.
+class Again:
+    """Texts of edits that are tapped again and again while only the matrices change.
 
-    Args:
-        lm: the model as it is now.
-        sites: the matrices.
-        edits: whose prompts are asked; nothing is made of their targets.
-        which: the tokens that are tapped.
-        before: how the answers began (`spoken`).
+    If they fit in one pass, what does not hang on the matrices is not run again.
     """
-    for start, tokens in _batches(lm, edits):
-        begun, then = _begun(tokens), before[start : start + len(tokens)]
-        taps = _tapped(lm, sites, begun, which, start, lambda logits, t, then=then: divergence(logits, t, then))
-        yield replace(taps, loss=taps.loss * (taps.loss > ROUNDING), kept=True)
+
+    def __init__(self, lm: LM, sites: Sequence[Site], edits: Sequence[Edit], begun: bool = False) -> None:
+        """With `begun`, of the targets only the first token is read."""
+        self.sites = sites
+        parts = [(start, _begun(tokens) if begun else tokens) for start, tokens in _batches(lm, edits)]
+        self.parts = [(start, tokens, self._run(lm, tokens, len(parts) == 1)) for start, tokens in parts]
+
+    def _run(self, lm: LM, tokens: Tokens, alone: bool) -> Passes:
+        if not alone:
+            return FullPasses(lm, tokens, _beginning(tokens))
+        blocks = {s.name: -1 if (block := block_of(lm, s.name)) is None else block for s in self.sites}
+        return passes(lm, tokens, sorted(blocks, key=blocks.__getitem__), _beginning(tokens))
+
+    def taps(self, which: Which) -> Iterator[Taps]:
+        """Pass by pass, as `in_passes`."""
+        for part in self.parts:
+            yield _tapped(self.sites, which, nll, *part)
+
+    def drift(self, which: Which, before: Tensor) -> Iterator[Taps]:
+        """Taps of answers that shall stay, pass by pass: the loss is how far they have gone from what they were.
+
+        Args:
+            which: the tokens that are tapped.
+            before: how the answers to the prompts began (`spoken`); nothing is made of the targets.
+        """
+        for start, tokens, run in self.parts:
+            then = before[start : start + len(tokens)]
+            taps = _tapped(
+                self.sites, which, lambda logits, t, then=then: divergence(logits, t, then), start, tokens, run
+            )
+            yield replace(taps, loss=taps.loss * (taps.loss > ROUNDING), kept=True)
+
+
+def _beginning(tokens: Tokens) -> Tensor:
+    return torch.zeros(len(tokens), dtype=torch.long, device=tokens.ids.device)
 
 
 @torch.no_grad()
@@ -127,12 +154,12 @@ def _batches(lm: LM, edits: Sequence[Edit]) -> Iterator[tuple[int, Tokens]]:
 
 
 def _tapped(
-    lm: LM,
     sites: Sequence[Site],
-    tokens: Tokens,
     which: Which,
-    start: int,
     lost: Callable[[Tensor, Tokens], Tensor],
+    start: int,
+    tokens: Tokens,
+    run: Passes,
 ) -> Taps:
     given: dict[str, Tensor] = {}
     nudges: dict[str, Tensor] = {}
@@ -148,7 +175,7 @@ def _tapped(
     with ExitStack() as stack, torch.enable_grad():
         for site in sites:
             stack.callback(site.module.register_forward_hook(nudged(site.name)).remove)
-        loss = lost(lm.logits(*tokens.reads, **tokens.inputs), tokens)
+        loss = lost(run.logits(*tokens.reads), tokens)
         found = torch.autograd.grad(loss.sum(), [nudges[s.name] for s in sites])
     owner, place = _chosen(tokens, which).nonzero(as_tuple=True)
     G = {s.name: hidden(g, len(tokens))[owner, place].float() for s, g in zip(sites, found, strict=True)}
