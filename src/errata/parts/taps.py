@@ -48,7 +48,7 @@ class Taps:
     loss: Tensor
     """(m,) float32: that of the edit that the token belongs to."""
     kept: bool = False
-    """Whether the loss is the drift of what shall stay (`drift`), and no edit's."""
+    """Whether the loss is the drift of what shall stay (`Again.drift`), and no edit's."""
 
 
 def places(lm: LM, at: Sequence[int | str]) -> list[Site]:
