@@ -10,6 +10,7 @@ from errata.data import load
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "n", "batch", "reliable", "local"),
     [("mend", 200, 1, 0.9, 0.9), ("malmen", 500, 500, 0.85, 0.9)],
