@@ -90,7 +90,7 @@ def test_what_edits_have_in_common_is_the_mean_of_those_of_one_answer(lm, rows, 
     monkeypatch.setattr(taps, "TOKENS", rows)
     edits = [replace(e, target="Wellington") for e in EDITS]  # of several tokens: the first counts
     likes, sites = Likes([7, 5, 7, 7, 9]), places(lm, AT)
-    shown = list(likes.watched(taps.in_passes(lm, sites, edits, "target")))
+    shown = list(likes.watched(Again(lm, sites, edits).taps("target")))
     assert sum(len(t.owner) for t in shown) > len(edits)
     for site in sites:
         first = torch.stack([tap(lm, sites, [e], "target").K[site.name][0] for e in edits]).double()
@@ -100,5 +100,5 @@ def test_what_edits_have_in_common_is_the_mean_of_those_of_one_answer(lm, rows, 
 
 def test_edits_of_answers_of_their_own_have_nothing_in_common(lm):
     likes, sites = Likes([1, 2, 3, 4, 5]), places(lm, AT)
-    list(likes.watched(taps.in_passes(lm, sites, EDITS, "target")))
+    list(likes.watched(Again(lm, sites, EDITS).taps("target")))
     assert not likes.moment(AT[0]).any()

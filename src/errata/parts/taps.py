@@ -57,17 +57,14 @@ def places(lm: LM, at: Sequence[int | str]) -> list[Site]:
 
 
 def tap(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> Taps:
-    """Tap a batch of edits, in as many passes as its tokens need."""
-    found = list(in_passes(lm, sites, edits, which))
+    """Tap a batch of edits, in as many passes as its tokens need; `owner` counts the edits of all."""
+    found = [
+        _tapped(sites, which, nll, start, tokens, FullPasses(lm, tokens, _beginning(tokens)))
+        for start, tokens in _batches(lm, edits)
+    ]
     owner, place, loss = (torch.cat([getattr(t, part) for t in found]) for part in ("owner", "place", "loss"))
     K, G = ({n: torch.cat([getattr(t, side)[n] for t in found]) for n in found[0].K} for side in ("K", "G"))
     return Taps(owner, place, K, G, loss)
-
-
-def in_passes(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> Iterator[Taps]:
-    """The same pass by pass, so that the memory of one batch does for any number of edits; `owner` counts them all."""
-    for start, tokens in _batches(lm, edits):
-        yield _tapped(sites, which, nll, start, tokens, FullPasses(lm, tokens, _beginning(tokens)))
 
 
 class Again:
@@ -89,7 +86,7 @@ class Again:
         return passes(lm, tokens, sorted(blocks, key=blocks.__getitem__), _beginning(tokens))
 
     def taps(self, which: Which) -> Iterator[Taps]:
-        """Pass by pass, as `in_passes`."""
+        """As `tap`, pass by pass, so that the memory of one does for any number of edits."""
         for part in self.parts:
             yield _tapped(self.sites, which, nll, *part)
 
