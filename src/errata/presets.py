@@ -1,19 +1,23 @@
 """Settings that were published for a model (or tuned, for almanac), from `presets.toml`, where each has its source.
 
 A model is recognised by the shape in its config, never by its name or path. A model that is not listed gets the same
-relative depth, and a warning that says so.
+relative depth, and a warning that says so. What `errata tune` found for a model is kept by its fingerprint, and comes
+before both.
 """
 
 from __future__ import annotations
 
+import json
 import tomllib
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from .errors import unknown
+from . import store
+from .errors import ErrataError, UsageError, unknown
 from .lm import ALMANAC, LM
 
 
@@ -22,14 +26,19 @@ def _tables() -> dict[str, Any]:
     return tomllib.loads(resources.files("errata").joinpath("presets.toml").read_text())
 
 
-def settings(method: str, lm: LM | str, known: Collection[str] = ()) -> dict[str, Any]:
+def settings(method: str, lm: LM | str, known: Collection[str] = (), tuned: bool = True) -> dict[str, Any]:
     """The settings of a method for a model: `{field: value}`.
 
     Args:
         method: its name.
         lm: a loaded model, the name of a preset (`gpt2-xl`), `almanac`, or a model's folder or name on the hub.
         known: fields that the caller sets, which need no place at the same relative depth.
+        tuned: whether what `errata tune` found comes before them.
     """
+    if tuned and isinstance(lm, LM) and (kept := tuning(method, lm)) is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the model is not listed: it was tuned
+            return settings(method, lm, known, tuned=False) | frozen(kept["settings"])
     models = _tables()["models"]
     name, config = (lm.name, lm.config) if isinstance(lm, LM) else (lm, None)
     if config is None and name not in models:
@@ -41,8 +50,52 @@ def settings(method: str, lm: LM | str, known: Collection[str] = ()) -> dict[str
     return _scaled(method, name, config if config is not None else models[name]["match"], known)
 
 
+def keep(method: str, lm: LM, settings: Mapping[str, Any], evidence: Mapping[str, Any]) -> None:
+    """Have `settings` use these fields of a method for a model from now on, in every process of this user."""
+    path = _tuned(method, lm)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {"method": method, "model": lm.name, "settings": settings, "evidence": evidence}
+    store.write(path, json.dumps(kept, indent=1) + "\n")
+
+
+def tuning(method: str, lm: LM) -> dict[str, Any] | None:
+    """What `errata tune` kept of a method for a model: `method`, `model`, `settings` and `evidence`.
+
+    Raises:
+        ErrataError: the file is damaged.
+    """
+    path = _tuned(method, lm)
+    if not path.exists():
+        return None
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {"settings": dict(kept["settings"]), "evidence": dict(kept["evidence"]), **kept}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ErrataError(f"{str(path)!r} is damaged ({error}); delete it, or run `errata tune` again") from error
+
+
+def tunable(method: str) -> dict[str, Any]:
+    """What tuning tries for a method: `places` (fields), `move` (shares of the depth) and `times` (factors by field).
+
+    Raises:
+        UsageError: nothing is known to try.
+    """
+    grids = _tables()["tune"]
+    if method not in grids:
+        raise UsageError(f"{method} has nothing to tune; methods that have: {', '.join(sorted(grids))}")
+    places = list(_tables()["elsewhere"].get(method, {}).get("depth", {}))
+    return {"places": places, "move": [0.0], "times": {}, **grids[method]}
+
+
+def _tuned(method: str, lm: LM) -> Path:
+    return store.Store().folder / "presets" / f"{lm.fingerprint}-{method}.json"
+
+
 def source(method: str, lm: LM) -> str | None:
-    """Where the settings of a method for a model are from, if it is listed."""
+    """Where the settings of a method for a model are from, if it is listed or was tuned."""
+    if (kept := tuning(method, lm)) is not None:
+        scores = kept["evidence"]["score on the held-out facts"]
+        return f"errata tune: {scores['tuned']:.2f}, default {scores['default']:.2f}"
     model = recognised(lm.config)
     return _tables()["models"][model].get(method, {}).get("source") if model else None
 
