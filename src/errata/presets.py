@@ -35,19 +35,21 @@ def settings(method: str, lm: LM | str, known: Collection[str] = (), tuned: bool
         known: fields that the caller sets, which need no place at the same relative depth.
         tuned: whether what `errata tune` found comes before them.
     """
-    if tuned and isinstance(lm, LM) and (kept := tuning(method, lm)) is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the model is not listed: it was tuned
-            return settings(method, lm, known, tuned=False) | frozen(kept["settings"])
-    models = _tables()["models"]
     name, config = (lm.name, lm.config) if isinstance(lm, LM) else (lm, None)
+    models = _tables()["models"]
     if config is None and name not in models:
         config = _config(name)
     model = name if config is None else recognised(config)
-    found = models[model].get(method) if model else None
-    if found is not None:
-        return {k: frozen(v) for k, v in found.items() if k != "source"}
-    return _scaled(method, name, config if config is not None else models[name]["match"], known)
+    listed = models[model].get(method) if model else None
+    default = listed or _scaled(method, config if config is not None else models[name]["match"], known)
+    default = {k: frozen(v) for k, v in default.items() if k not in ("source", "depth")}
+    if not tuned:
+        return default
+    if isinstance(lm, LM) and (kept := tuning(method, lm)) is not None:
+        return default | frozen(kept["settings"])
+    if listed is None:
+        _warn(method, name, {field: default[field] for field in _places(method) if field not in known})
+    return default
 
 
 def keep(method: str, lm: LM, settings: Mapping[str, Any], evidence: Mapping[str, Any]) -> None:
@@ -83,8 +85,7 @@ def tunable(method: str) -> dict[str, Any]:
     grids = _tables()["tune"]
     if method not in grids:
         raise UsageError(f"{method} has nothing to tune; methods that have: {', '.join(sorted(grids))}")
-    places = list(_tables()["elsewhere"].get(method, {}).get("depth", {}))
-    return {"places": places, "move": [0.0], "times": {}, **grids[method]}
+    return {"places": list(_places(method)), "move": [0.0], "times": {}, **grids[method]}
 
 
 def _tuned(method: str, lm: LM) -> Path:
@@ -125,19 +126,26 @@ def _config(name: str) -> Any:
         raise unknown("preset or model", name, _tables()["models"]) from error
 
 
-def _scaled(method: str, name: str, config: Any, known: Collection[str]) -> dict[str, Any]:
+def _places(method: str) -> dict[str, Any]:
+    """The fields of a method that name a place, with Llama-2-7B's relative depth."""
+    return _tables()["elsewhere"].get(method, {}).get("depth", {})
+
+
+def _scaled(method: str, config: Any, known: Collection[str]) -> dict[str, Any]:
     """The method's settings for a model that has none: Llama-2-7B's, its places at the same relative depth."""
-    found = _tables()["elsewhere"].get(method, {})
     depth = config["num_hidden_layers"] if isinstance(config, dict) else config.num_hidden_layers
-    places = {field: _at(relative, depth) for field, relative in found.get("depth", {}).items() if field not in known}
+    places = {field: _at(relative, depth) for field, relative in _places(method).items() if field not in known}
+    return {**_tables()["elsewhere"].get(method, {}), **places}
+
+
+def _warn(method: str, name: str, places: Mapping[str, Any]) -> None:
     if places:
         where = " and ".join(f"{field} = {place}" for field, place in places.items())
         warnings.warn(
             f"{method} has no published settings for {name}; it gets Llama-2-7B's at the same relative depth, {where}; "
-            "`errata trace` helps to choose better ones",
-            stacklevel=4,
+            f"`errata tune {name} --method {method}` finds better ones",
+            stacklevel=5,
         )
-    return {**{k: frozen(v) for k, v in found.items() if k != "depth"}, **places}
 
 
 def _at(relative: float | list[float], depth: int) -> int | tuple[int, ...]:
