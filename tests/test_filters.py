@@ -5,7 +5,7 @@ import torch
 
 from errata import ErrataError, Patch, UsageError
 from errata.changes import Codebook, Dense, LowRank
-from errata.filters import bound_norm, keep_largest
+from errata.filters import bound_norm, keep_largest, restrain
 from tests import tiny
 
 
@@ -53,6 +53,21 @@ def test_an_update_within_the_bound_stays(lm, patch):
     assert torch.equal(delta(bound_norm(small, lm, 0.1)), delta(small))
 
 
+def test_singular_values_of_all_updates_together_are_restrained_to_the_weights(lm, patch):
+    most = torch.linalg.matrix_norm(lm.site(1).weight.detach(), 2)
+    prior, later = patch.scaled(0.7), patch.scaled(0.3)
+    before, whole = torch.linalg.svdvals(delta(patch)), delta(prior) + delta(restrain(later, lm, prior, 1.5))
+    assert before[0] > 2 * most > 0  # there is something to restrain
+    log = before / most
+    wanted = torch.where(before > most, most + log.log() / torch.tensor(1.5).log(), before)
+    torch.testing.assert_close(torch.linalg.svdvals(whole), wanted, atol=1e-4, rtol=1e-4)  # float32 SVD
+
+
+def test_what_is_within_the_weights_singular_values_stays_to_the_bit(lm, patch):
+    small = patch.scaled(1e-3)
+    assert restrain(small, lm, small).changes == small.changes
+
+
 def test_filters_compose_and_apply(lm, patch):
     both = bound_norm(keep_largest(patch, lm, 0.5), lm, 0.05)
     ((change,),) = both.changes.values()
@@ -67,6 +82,8 @@ def test_filters_compose_and_apply(lm, patch):
 def test_what_can_not_be_filtered_is_refused(lm, patch):
     with pytest.raises(UsageError, match="share of 0"):
         keep_largest(patch, lm, 0)
+    with pytest.raises(UsageError, match="base 1"):
+        restrain(patch, lm, patch, 1)
     d_out, d_in = lm.site(1).shape
     one = torch.zeros(1, dtype=torch.long)
     book = Codebook.of(one, torch.zeros(1, d_in), torch.zeros(1, d_out), torch.ones(1), one[None], one)

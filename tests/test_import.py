@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 SCRIPT = """
 import json, logging, os, random, sys, warnings
@@ -50,3 +52,11 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
     assert not hasattr(errata, "nowhere")
     assert set(errata.__all__) <= set(dir(errata))
+
+
+def test_what_type_checkers_and_a_user_see_are_the_public_names():
+    import errata
+
+    stub = ast.parse(Path(errata.__file__).with_suffix(".pyi").read_text())
+    named = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert named == set(errata.__all__) == set(dir(errata))

@@ -239,3 +239,51 @@ def test_a_patch_says_what_it_is(lm: LM):
 def test_the_bound_of_ft_l_holds_for_every_entry(lm: LM):
     assert only(FTL(layers=(1,), steps=9, rate=1e-2, bound=1e-3).edit(lm, [A])).delta.abs().max() <= 1e-3
     assert only(FT(layers=(1,), steps=9, rate=1e-2).edit(lm, [A])).delta.abs().max() > 1e-3
+
+
+def test_a_method_without_settings_of_its_own_has_those_of_the_method_it_is_derived_from(lm: LM):
+    class Softer(errata.MEMIT, name="softer"):
+        pass
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert Softer.preset(lm).layers == errata.MEMIT.preset(lm).layers
+        assert Softer.preset("llama-2-7b").weight == errata.MEMIT.preset("llama-2-7b").weight == 15000.0
+    finally:
+        del Method.registry["softer"]
+
+
+def test_a_field_that_has_no_value_anywhere_is_named(lm: LM):
+    @dataclass(frozen=True, kw_only=True)
+    class Bare(Method, name="bare"):
+        place: int
+
+        def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
+            return Patch()
+
+    try:
+        with pytest.raises(UsageError, match=r"bare has no preset of place for .*; give it: `preset\(lm, place=...\)`"):
+            Bare.preset(lm)
+        assert Bare.preset(lm, place=3).place == 3
+    finally:
+        del Method.registry["bare"]
+
+
+def test_a_second_method_of_a_name_is_refused():
+    with pytest.raises(UsageError, match=r"a method 'rome' already, errata\.methods\.rome\.ROME"):
+
+        class Mine(errata.ROME, name="rome"):
+            pass
+
+    assert errata.methods()["rome"] is errata.ROME
+
+
+def test_a_class_that_is_defined_again_takes_its_own_place():
+    """As a notebook's cell is run again."""
+    for _ in range(2):
+
+        class Again(errata.ROME, name="again"):
+            pass
+
+    assert Method.registry.pop("again") is Again

@@ -14,124 +14,36 @@ Importing this is light: PyTorch and transformers are loaded when a name that ne
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .edit import Edit
 from .errors import ErrataError, UsageError
-
-if TYPE_CHECKING:
-    from . import bench, causal, changes, data, export, history
-    from .bench import Report
-    from .data import Case, Probe
-    from .lm import LM, Site, load
-    from .method import Method, methods, sequential
-    from .methods import (
-        EMMET,
-        FT,
-        FTL,
-        FTM,
-        GRACE,
-        ICE,
-        IKE,
-        KE,
-        KN,
-        MALMEN,
-        MEMIT,
-        WISE,
-        MEND,
-        MELO,
-        LoRA,
-        PMET,
-        ROME,
-        RROME,
-        SERAC,
-        AlphaEdit,
-        Retrieval,
-        RLEdit,
-        UltraEdit,
-    )
-    from .patch import Patch
+from .methods import CLASSES
 
 __version__ = "0.1.0"
 
-# What a newcomer meets, in that order: name -> the module it is in ("" for the module itself).
 _WHERE = {
-    "load": "lm",
-    "LM": "lm",
-    "Site": "lm",
+    **dict.fromkeys(("load", "LM", "Site"), "lm"),
     "Patch": "patch",
-    "Method": "method",
-    "methods": "method",
-    "sequential": "method",
-    **dict.fromkeys(("ROME", "RROME", "MEMIT", "EMMET", "PMET", "AlphaEdit", "KN"), "methods"),
-    **dict.fromkeys(("FT", "FTL", "FTM", "GRACE", "WISE", "UltraEdit", "MEND", "MALMEN", "KE"), "methods"),
-    **dict.fromkeys(("MELO", "LoRA", "RLEdit"), "methods"),
-    **dict.fromkeys(("IKE", "ICE", "Retrieval", "SERAC"), "methods"),
-    "Case": "data",
-    "Probe": "data",
+    **dict.fromkeys(("Method", "sequential"), "method"),
+    **dict.fromkeys(CLASSES, "methods"),
+    **dict.fromkeys(("Case", "Probe"), "data"),
     "Report": "bench",
-    "data": "",
-    "changes": "",
-    "bench": "",
-    "causal": "",
-    "export": "",
-    "history": "",
 }
+"""Public names and the modules they are in; what types they have stands in `__init__.pyi`."""
+_MODULES = ("data", "changes", "filters", "bench", "causal", "export", "history")
 
-__all__ = [
-    "EMMET",
-    "FT",
-    "FTL",
-    "FTM",
-    "GRACE",
-    "ICE",
-    "IKE",
-    "KE",
-    "KN",
-    "LM",
-    "MALMEN",
-    "MEMIT",
-    "WISE",
-    "MEND",
-    "MELO",
-    "LoRA",
-    "PMET",
-    "ROME",
-    "RROME",
-    "SERAC",
-    "AlphaEdit",
-    "Case",
-    "Edit",
-    "ErrataError",
-    "Method",
-    "Patch",
-    "Probe",
-    "Report",
-    "Retrieval",
-    "RLEdit",
-    "Site",
-    "UltraEdit",
-    "UsageError",
-    "bench",
-    "causal",
-    "changes",
-    "data",
-    "export",
-    "history",
-    "load",
-    "methods",
-    "sequential",
-]
+__all__ = ["Edit", "ErrataError", "UsageError", "methods", *_WHERE, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _WHERE and name not in _MODULES:
         raise AttributeError(f"module 'errata' has no attribute {name!r}")
-    module = importlib.import_module(f".{_WHERE[name] or name}", __name__)
-    found = getattr(module, name) if _WHERE[name] else module
+    module = importlib.import_module(f".{_WHERE.get(name, name)}", __name__)
+    found = getattr(module, name) if name in _WHERE else module
     globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_WHERE])
+    return __all__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -44,6 +45,36 @@ def bound_norm(patch: Patch, lm: LM, most: float = 0.1) -> Patch:
         return change.scaled(min(1.0, most / size)) if size else change
 
     return _each(patch, lm, bounded)
+
+
+@torch.no_grad()
+def restrain(patch: Patch, lm: LM, prior: Patch, base: float = 1.2) -> Patch:
+    """What `patch` adds to `prior`, with the singular values of both together restrained to those of the weight.
+
+    PRUNE, Ma et al. 2024, https://arxiv.org/abs/2405.16821: a singular value s of the whole update that is larger than
+    the weight's largest, m, becomes m + log_base(s) - log_base(m). Where none is, nothing changes.
+
+    Args:
+        patch: of weight changes.
+        lm: the unedited model.
+        prior: the patch of the edits before, as it was returned.
+        base: of the logarithm, over 1; the larger, the less is left of what is too large.
+    """
+    if not base > 1:
+        raise UsageError(f"a logarithm can't have the base {base}; give more than 1")
+
+    def restrained(name: str, changes: tuple[Change, ...]) -> tuple[Change, ...]:
+        written = [c.delta for c in prior.changes.get(name, ()) if isinstance(c, LowRank | Dense)]
+        before = sum(written, torch.zeros(lm.site(name).shape))
+        U, S, V = torch.linalg.svd(before + sum(_delta(c) for c in changes), full_matrices=False)
+        most = torch.linalg.matrix_norm(lm.site(name).weight.float().cpu(), 2)
+        if S[0] <= most:
+            return changes
+        less = torch.where(most < S, most + (S / most).log() / math.log(base), S)
+        owners = torch.cat([c.owners for c in changes])
+        return (Dense(owners, (U * less) @ V - before),)
+
+    return replace(patch, changes={name: restrained(name, changes) for name, changes in patch.changes.items()})
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from importlib import import_module, metadata
 from itertools import accumulate
@@ -24,6 +24,7 @@ from . import __version__, presets
 from .edit import Edit
 from .errors import ErrataError, UsageError, unknown
 from .lm import LM
+from .methods import FILES
 from .patch import Patch
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,12 @@ class Method(ABC):
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is not None:
+            other = Method.registry.get(name)
+            if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise UsageError(
+                    f"there is a method {name!r} already, {other.__module__}.{other.__qualname__}; "
+                    f"give {cls.__qualname__} another name"
+                )
             cls.name = name
             Method.registry[name] = cls
 
@@ -59,15 +66,34 @@ class Method(ABC):
     def preset(cls, lm: LM | str, **overrides: Any) -> Self:
         """The method with the published (or for almanac: tuned) settings for a model, and what is overridden.
 
+        A method without settings of its own gets those of the method it is derived from.
+
         Args:
             lm: the model, or what `errata.load` takes.
             overrides: fields of the method.
+
+        Raises:
+            UsageError: there is no such field, or one that has no value anywhere.
         """
-        known = {f.name for f in fields(cls)}
+        known = {f.name: f for f in fields(cls)}
         for name in overrides:
             if name not in known:
                 raise unknown(f"setting of {cls.name}", name, known)
-        return cls(**{**presets.settings(cls.name, lm, overrides), **overrides})
+        found = {**presets.settings(cls.lineage(), lm, overrides), **overrides}
+        values = {name: value for name, value in found.items() if name in known}
+        lacking = [n for n, f in known.items() if n not in values and f.default is f.default_factory is MISSING]
+        if lacking:
+            model = lm if isinstance(lm, str) else lm.name
+            raise UsageError(
+                f"{cls.name} has no preset of {' or '.join(lacking)} for {model}; give it: "
+                f"`preset(lm, {lacking[0]}=...)`, in the shell `--set {lacking[0]}=...`"
+            )
+        return cls(**values)
+
+    @classmethod
+    def lineage(cls) -> tuple[str, ...]:
+        """The method's name, then those of the methods it is derived from."""
+        return tuple(c.name for c in cls.__mro__ if issubclass(c, Method) and "name" in vars(c))
 
     def edit(self, lm: LM, edits: Sequence[Edit], prior: Patch | None = None) -> Patch:
         """Add edits to what `prior` already changed. The model is left exactly as it was.
@@ -154,21 +180,26 @@ def versions() -> dict[str, str]:
 
 def methods() -> dict[str, type[Method]]:
     """Every method by name: errata's own and those of installed packages."""
+    for name in FILES:
+        method(name)
     _discover()
     return dict(sorted(Method.registry.items()))
 
 
 def method(name: str) -> type[Method]:
-    """A method by its name."""
-    known = methods()
-    if name not in known:
-        raise unknown("method", name, known)
-    return known[name]
+    """A method by its name; only its own file is imported."""
+    if name in FILES:
+        import_module(f".methods.{FILES[name].partition(':')[0]}", __package__)
+    elif name not in Method.registry:
+        _discover()
+    if name not in Method.registry:
+        raise unknown("method", name, {*FILES, *Method.registry})
+    return Method.registry[name]
 
 
 @cache
 def _discover() -> None:
-    import_module(".methods", __package__)
+    """Import the methods of other packages."""
     for entry in metadata.entry_points(group="errata.methods"):
         try:
             entry.load()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tomllib
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -26,11 +26,11 @@ def _tables() -> dict[str, Any]:
     return tomllib.loads(resources.files("errata").joinpath("presets.toml").read_text())
 
 
-def settings(method: str, lm: LM | str, known: Collection[str] = (), tuned: bool = True) -> dict[str, Any]:
-    """The settings of a method for a model: `{field: value}`.
+def settings(lineage: Sequence[str], lm: LM | str, known: Collection[str] = (), tuned: bool = True) -> dict[str, Any]:
+    """The settings of a method for a model, `{field: value}`; a field of its parent's that it lacks is among them.
 
     Args:
-        method: its name.
+        lineage: its name, then those of the methods it is derived from; the first that has settings gives them.
         lm: a loaded model, the name of a preset (`gpt2-xl`), `almanac`, or a model's folder or name on the hub.
         known: fields that the caller sets, which need no place at the same relative depth.
         tuned: whether what `errata tune` found comes before them.
@@ -40,16 +40,20 @@ def settings(method: str, lm: LM | str, known: Collection[str] = (), tuned: bool
     if config is None and name not in models:
         config = _config(name)
     model = name if config is None else recognised(config)
-    listed = models[model].get(method) if model else None
-    default = listed or _scaled(method, config if config is not None else models[name]["match"], known)
+    listed = _first(models[model], lineage) if model else None
+    default = listed or _scaled(lineage, config if config is not None else models[name]["match"], known)
     default = {k: frozen(v) for k, v in default.items() if k not in ("source", "depth")}
     if not tuned:
         return default
-    if isinstance(lm, LM) and (kept := tuning(method, lm)) is not None:
+    if isinstance(lm, LM) and (kept := tuning(lineage[0], lm)) is not None:
         return default | frozen(kept["settings"])
     if listed is None:
-        _warn(method, name, {field: default[field] for field in _places(method) if field not in known})
+        _warn(lineage[0], name, {field: default[field] for field in _places(lineage) if field not in known})
     return default
+
+
+def _first(rows: Mapping[str, Any], lineage: Sequence[str]) -> dict[str, Any] | None:
+    return next((rows[name] for name in lineage if name in rows), None)
 
 
 def keep(method: str, lm: LM, settings: Mapping[str, Any], evidence: Mapping[str, Any]) -> None:
@@ -76,29 +80,31 @@ def tuning(method: str, lm: LM) -> dict[str, Any] | None:
         raise ErrataError(f"{str(path)!r} is damaged ({error}); delete it, or run `errata tune` again") from error
 
 
-def tunable(method: str) -> dict[str, Any]:
+def tunable(lineage: Sequence[str]) -> dict[str, Any]:
     """What tuning tries for a method: `places` (fields), `move` (shares of the depth) and `times` (factors by field).
 
     Raises:
         UsageError: nothing is known to try.
     """
     grids = _tables()["tune"]
-    if method not in grids:
-        raise UsageError(f"{method} has nothing to tune; methods that have: {', '.join(sorted(grids))}")
-    return {"places": list(_places(method)), "move": [0.0], "times": {}, **grids[method]}
+    grid = _first(grids, lineage)
+    if grid is None:
+        raise UsageError(f"{lineage[0]} has nothing to tune; methods that have: {', '.join(sorted(grids))}")
+    return {"places": list(_places(lineage)), "move": [0.0], "times": {}, **grid}
 
 
 def _tuned(method: str, lm: LM) -> Path:
     return store.Store().folder / "presets" / f"{lm.fingerprint}-{method}.json"
 
 
-def source(method: str, lm: LM) -> str | None:
+def source(lineage: Sequence[str], lm: LM) -> str | None:
     """Where the settings of a method for a model are from, if it is listed or was tuned."""
-    if (kept := tuning(method, lm)) is not None:
+    if (kept := tuning(lineage[0], lm)) is not None:
         scores = kept["evidence"]["score on the held-out facts"]
         return f"errata tune: {scores['tuned']:.2f}, default {scores['default']:.2f}"
     model = recognised(lm.config)
-    return _tables()["models"][model].get(method, {}).get("source") if model else None
+    listed = _first(_tables()["models"][model], lineage) if model else None
+    return (listed or {}).get("source")
 
 
 def course(method: str, lm: LM) -> dict[str, Any]:
@@ -126,16 +132,16 @@ def _config(name: str) -> Any:
         raise unknown("preset or model", name, _tables()["models"]) from error
 
 
-def _places(method: str) -> dict[str, Any]:
+def _places(lineage: Sequence[str]) -> dict[str, Any]:
     """The fields of a method that name a place, with Llama-2-7B's relative depth."""
-    return _tables()["elsewhere"].get(method, {}).get("depth", {})
+    return (_first(_tables()["elsewhere"], lineage) or {}).get("depth", {})
 
 
-def _scaled(method: str, config: Any, known: Collection[str]) -> dict[str, Any]:
+def _scaled(lineage: Sequence[str], config: Any, known: Collection[str]) -> dict[str, Any]:
     """The method's settings for a model that has none: Llama-2-7B's, its places at the same relative depth."""
     depth = config["num_hidden_layers"] if isinstance(config, dict) else config.num_hidden_layers
-    places = {field: _at(relative, depth) for field, relative in _places(method).items() if field not in known}
-    return {**_tables()["elsewhere"].get(method, {}), **places}
+    places = {field: _at(relative, depth) for field, relative in _places(lineage).items() if field not in known}
+    return {**(_first(_tables()["elsewhere"], lineage) or {}), **places}
 
 
 def _warn(method: str, name: str, places: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -120,7 +120,8 @@ def tune(
         raise UsageError(
             f"{lm.name} knows {len(facts)} of the facts, tuning takes {LEAST} at least; give a file of facts it knows"
         )
-    base = method(**presets.settings(method.name, lm, tuned=False))
+    default = presets.settings(method.lineage(), lm, tuned=False)
+    base = method(**{f.name: default[f.name] for f in fields(method) if f.name in default})
     candidates = list(_candidates(base, lm))
     tuning, held = facts[: len(facts) // 2], facts[len(facts) // 2 :]
     rounds = list(_rounds(len(candidates), len(tuning)))
@@ -159,7 +160,7 @@ def _halved(search: _Search, candidates: Sequence[Settings], rounds: Sequence[tu
     left = list(candidates)
     for keep, n in rounds:
         left = left[:keep]
-        if not all([search.advance(c, n) for c in left]):
+        if not all(search.advance(c, n) for c in left):
             log.warning("the budget ended in the round of %d facts; the best so far is taken", n)
             break
         left = search.best(left)
@@ -194,7 +195,7 @@ def _objective(method: Method, lm: LM, cases: Sequence[Case]) -> list[float]:
 
 def _candidates(base: Method, lm: LM) -> Iterator[Settings]:
     """Fields that differ from the default, the default itself first."""
-    grid = presets.tunable(base.name)
+    grid = presets.tunable(base.lineage())
     depth = len(lm.blocks)
     moves = [{f: _moved(getattr(base, f), by, lm) for f in grid["places"]} for by in grid["move"]]
     inside = [m for m in moves if all(_within(v, depth) for v in m.values())]

@@ -499,7 +499,7 @@ def _asked(probe: Probe, before: Answer, after: Answer | None) -> dict[str, Any]
 
 def _source(method: Method, lm: LM) -> str | None:
     """Where the settings are from, if they are the model's preset."""
-    found = presets.source(method.name, lm)
+    found = presets.source(method.lineage(), lm)
     return found if found and method == type(method).preset(lm) else None
 
 
