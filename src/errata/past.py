@@ -1,10 +1,12 @@
 """What a model has read stays in its cache of keys and values, so that passes can go on from there, again and again.
 
-That saves most of the work, and not every model allows it: the first time, what it gives is held against plain passes.
+That saves most of the work, and not every model allows it in every use: padded, with several rows, a second time, with
+gradients. So a shortcut is held against plain passes in each kind of use, the first time that kind occurs.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -15,29 +17,46 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
+from . import memory
+from .errors import ErrataError
 from .lm import LM
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
-"""Largest difference of a logit, relative to their spread, at which two ways of running a model count as one."""
+"""Largest difference at which two ways of running a model in float32 count as one, relative to the spread of what is
+compared: a hundred times their rounding, a hundredth of what a wrong position or a stale state makes."""
+ROUGH = 0.1
+"""The same for 16-bit models, whose rounding is a hundred times coarser."""
 
 T = TypeVar("T")
 
 
 class Past:
-    """A cache that passes may add to, and that is afterwards as it was. (They put new tensors in place of the old.)"""
+    """A cache that passes may add to, and that is afterwards as it was."""
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
+        self.grows = grows(cache)
         self._remember()
+
+    def __copy__(self) -> Past:
+        """Another one, whose rows can leave without leaving this one."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return Past(cache)
 
     def keep(self, rows: Tensor) -> None:
         """From now on the batch is these rows of it."""
         self.kept = []  # or all rows would be held until the last layer has let them go
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
         self._remember()
 
     def hollow(self, layers: int) -> None:
@@ -50,7 +69,10 @@ class Past:
 
     @contextmanager
     def as_it_was(self) -> Iterator[Any]:
-        """The cache, for passes to add to."""
+        """The cache, for passes to add to; a copy of it where they would write over what is there."""
+        if not self.grows:
+            yield copy.deepcopy(self.cache)
+            return
         try:
             yield self.cache
         finally:
@@ -83,12 +105,23 @@ class _Roomy(DynamicLayer):
         self.keys, self.values = keys, values
         return keys, values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._hold(t[indices] for t in self.whole)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized:
+            self._hold(t[beam_idx] for t in self.whole)
 
     def _hold(self, whole: Iterable[Tensor]) -> None:
         self.whole = tuple(whole)
         self.keys, self.values = (t[:, :, : -self.columns] for t in self.whole)
+
+
+_GROWING = {DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer, _Roomy}
+"""Layers of a cache that put new tensors in place of the old. Those with a state of linear attention, of a convolution
+or of an SSM are written over."""
+
+
+def grows(cache: Any) -> bool:
+    """Whether passes leave the tensors of a cache as they are, so that references to them are enough to go back."""
+    return type(cache) is DynamicCache and all(type(layer) in _GROWING for layer in cache.layers)
 
 
 def empty(lm: LM) -> Any:
@@ -103,40 +136,89 @@ def roomy(lm: LM, columns: int, layers: slice) -> Any:
     return cache
 
 
-def takes_positions(lm: LM) -> bool:
-    """Whether a model is told where its tokens stand; others see it by the mask."""
-    return "position_ids" in inspect.signature(lm.model.forward).parameters
+def takes(lm: LM, name: str) -> bool:
+    """Whether the model's forward knows an argument: a cache, or where tokens stand (others see that by the mask)."""
+    return name in inspect.signature(lm.model.forward).parameters
+
+
+Use = tuple[Hashable, tuple[int, ...]]
+"""What may make a difference to a shortcut: of what kind a use is, and how many tokens it has to do with."""
 
 
 def proven(
-    lm: LM, key: Hashable, what: str, make: Callable[[], T], both: Callable[[T], tuple[Tensor, Tensor]]
+    lm: LM,
+    shortcut: tuple[Hashable, ...],
+    what: str,
+    make: Callable[[], T],
+    use: Callable[[T], Use],
+    agrees: Callable[[T], bool],
 ) -> T | None:
-    """What `make` gives; None where it fails on this model or gives other logits than plain passes. The log says so.
+    """What a shortcut makes; None where plain passes have to do the work.
+
+    It is held against plain passes in the first use of a kind, and again where a use has more tokens than all before.
+    Where it fails or gives other numbers, it is not taken again, and the log says so once.
 
     Args:
         lm: the model.
-        key: under which `lm.memo` keeps what was found out.
-        what: is tried, for the log.
-        make: the cheap way.
-        both: logits by the cheap way and by plain passes; asked once for a model.
+        shortcut: which one, for `lm.memo`.
+        what: can't be done where it fails, for the log.
+        make: takes it.
+        use: of what was made.
+        agrees: holds what was made against plain passes.
     """
-    if key in lm.memo:
-        return make() if lm.memo[key] else None
+    key = ("proven", *shortcut)
+    known: dict[Hashable, tuple[int, ...]] | None = lm.memo.setdefault(key, {})
+    if known is None:
+        return None
     try:
         made = make()
-        lm.memo[key] = _alike(lm, *both(made))
+        kind, sizes = use(made)
+        kind = kind, lm.dtype, lm.device, getattr(lm.config, "_attn_implementation", None)
+        longest = known.get(kind, (0,) * len(sizes))
+        if all(size <= most for size, most in zip(sizes, longest, strict=True)):
+            return made
+        if agrees(made):
+            known[kind] = tuple(map(max, sizes, longest))
+            return made
         why = "it gives other numbers"
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError, NotImplementedError) as error:
+        if memory.exhausted(error) or isinstance(error, ErrataError):
+            raise
         log.debug("%s failed", what, exc_info=True)
-        made, lm.memo[key], why = None, False, str(error)
-    if not lm.memo[key]:
-        log.warning("%s can't be %s (%s); every pass runs the whole model", lm.name, what, why)
-        return None
-    return made
+        why = str(error)
+    lm.memo[key] = None
+    first = lm.memo.setdefault(("distrusted", shortcut[0]), shortcut) == shortcut
+    log.log(
+        logging.WARNING if first else logging.INFO,
+        "%s can't be %s (%s); every pass runs the whole model",
+        lm.name,
+        what,
+        why,
+    )
+    return None
 
 
-def _alike(lm: LM, got: Tensor, want: Tensor) -> bool:
-    limit = TOLERANCE if want.dtype == torch.float32 and lm.dtype == torch.float32 else 0.1
-    return bool((got - want).abs().max() <= limit * want.std())
+def hooked(lm: LM) -> Hashable:
+    """What is hooked into the model or stands for a module's own forward: with it, a shortcut is another one."""
+    found = set()
+    for module in lm.model.modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        found |= {getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks}
+        if "forward" in vars(module):
+            found.add("forward")
+    return frozenset(found)
+
+
+def alike(lm: LM, got: Tensor, want: Tensor, logits: Tensor | None = None) -> bool:
+    """Whether logits, or what was made of `logits`, are the same but for rounding.
+
+    They are held against the spread between quartiles: there may be far outliers, such as tokens that are ruled out.
+    """
+    of = want if logits is None else logits
+    low, high = of.flatten()[:: max(1, of.numel() // 100_000)].float().quantile(of.new_tensor([0.25, 0.75])).tolist()
+    return bool((got - want).abs().max() <= tolerance(lm) * (high - low))
+
+
+def tolerance(lm: LM) -> float:
+    """Of a difference, relative to what is compared."""
+    return TOLERANCE if lm.dtype == torch.float32 else ROUGH

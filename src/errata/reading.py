@@ -1,21 +1,26 @@
 """Prompts that a model reads once, and what may come after them: answers put in its mouth, or what it says by itself.
 
 One pass over the prompts fills a cache and tells what comes first; every answer then goes on from there, on its own
-tokens alone. Rows whose text is over leave the batch.
+tokens alone. Rows whose text is over leave the batch. Where a model's cache can't be gone on from, or not in that way,
+whole texts are read instead (`errata.past.proven`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .lm import LM
-from .past import Past, empty, proven, takes_positions
+from .past import Past, Use, alike, empty, hooked, proven, takes
 from .tokens import stacked
+
+T = TypeVar("T")
 
 Ids = Sequence[int]
 Edited = Callable[[list[int]], AbstractContextManager[Any]]
@@ -38,19 +43,99 @@ class Reading(Protocol):
 
 def read(lm: LM, prompts: Sequence[Ids], edited: Edited) -> Reading:
     """The cheapest exact way to hear what may come after prompts, as token ids; at least one."""
-    again = Again(lm, prompts, edited)
+    return _Proven(lm, prompts, edited)
 
-    def both(once: Once) -> tuple[Tensor, Tensor]:
-        rows = list(range(min(2, len(prompts))))
-        answers = [(row, [token] * 3) for row, token in zip(rows, once.first[rows].argmax(1).tolist(), strict=True)]
-        got, want = (torch.cat(way.forced(answers)) for way in (once, again))
-        return got, want
 
-    return proven(lm, "goes on", "gone on from its cache", lambda: Once(lm, prompts, edited), both) or again
+@dataclass(frozen=True)
+class _Said:
+    """What a model said by itself, row by row."""
+
+    ids: list[list[int]]
+    logprobs: list[list[float]]
+    """Of every token."""
+
+
+class _Proven:
+    """Prompts that are gone on from where that is proven, else read again with every answer."""
+
+    def __init__(self, lm: LM, prompts: Sequence[Ids], edited: Edited) -> None:
+        self.lm, self.prompts, self.again = lm, prompts, Again(lm, prompts, edited)
+        self.gone_on = False
+        """Whether anything was asked before."""
+
+    @cached_property
+    def once(self) -> Once:
+        return Once(self.lm, self.prompts, self.again.edited)
+
+    @cached_property
+    def hooked(self) -> Any:
+        with self.again.edited([0]):
+            return hooked(self.lm)
+
+    def forced(self, answers: Sequence[tuple[int, Ids]]) -> list[Tensor]:
+        if not answers:
+            return []
+        asked = [(row, len(answer)) for row, answer in answers]
+
+        def agrees(found: list[Tensor]) -> bool:
+            some = _telling([(len(self.prompts[row]), length) for row, length in asked])
+            plain = self.again.forced([answers[i] for i in some])
+            return all(alike(self.lm, found[i], want) for i, want in zip(some, plain, strict=True))
+
+        found = self._proven("forced", lambda: self.once.forced(answers), lambda _: asked, agrees)
+        return self.again.forced(answers) if found is None else found
+
+    def greedy(self, rows: list[int], most: int, until: Until | None) -> list[str]:
+        def asked(said: _Said) -> list[tuple[int, int]]:
+            return [(row, len(ids)) for row, ids in zip(rows, said.ids, strict=True)]
+
+        def agrees(said: _Said) -> bool:
+            some = _telling([(len(self.prompts[row]), length) for row, length in asked(said)])
+            plain = self.again.forced([(rows[i], said.ids[i]) for i in some])
+            return all(_said(self.lm, said, i, want) for i, want in zip(some, plain, strict=True))
+
+        said = self._proven("greedy", lambda: self.once.greedy(rows, most, until), asked, agrees)
+        return self.lm.texts((said or self.again.greedy(rows, most, until)).ids)
+
+    def _proven(
+        self, what: str, make: Callable[[], T], asked: Callable[[T], list[tuple[int, int]]], agrees: Callable[[T], bool]
+    ) -> T | None:
+        """What is heard by going on from the cache.
+
+        Args:
+            what: way of asking.
+            make: asks.
+            asked: prompts and how many tokens came after each.
+            agrees: holds what was heard against whole texts.
+        """
+
+        gone_on, self.gone_on = self.gone_on, True
+
+        def use(made: T) -> Use:
+            rows = asked(made)
+            before, after = [len(self.prompts[row]) for row, _ in rows], [length for _, length in rows]
+            uneven = min(map(len, self.prompts)) < max(map(len, self.prompts)), min(after) < max(after)
+            whole = [row for row, _ in rows] == list(range(len(self.prompts)))
+            kind = *uneven, len(rows) > 1, whole, gone_on, self.hooked
+            return kind, (max(before), max(after), max(map(sum, zip(before, after, strict=True))))
+
+        return proven(self.lm, ("goes on", what), "gone on from its cache", make, use, agrees)
+
+
+def _telling(rows: Sequence[tuple[int, int]]) -> list[int]:
+    """The row with the longest answer and the one with the shortest prompt: so many tokens each, before and after."""
+    numbers = range(len(rows))
+    return sorted({max(numbers, key=lambda i: rows[i][1]), min(numbers, key=lambda i: rows[i][0])})
+
+
+def _said(lm: LM, said: _Said, row: int, logits: Tensor) -> bool:
+    """Whether a row's log-probabilities are those of its tokens by the logits of a plain pass."""
+    want = logits.gather(1, torch.tensor(said.ids[row], device=logits.device)[:, None])[:, 0] - logits.logsumexp(1)
+    return alike(lm, want.new_tensor(said.logprobs[row]), want, logits)
 
 
 class Again:
-    """Every answer is read with its prompt."""
+    """Every answer is read with its prompt, and every token that is said with all before it."""
 
     def __init__(self, lm: LM, prompts: Sequence[Ids], edited: Edited) -> None:
         self.lm, self.prompts, self.edited = lm, prompts, edited
@@ -65,12 +150,43 @@ class Again:
             said = self.lm.logits(*asked.nonzero(as_tuple=True), input_ids=ids, attention_mask=mask)
         return list(said.split([len(answer) for _, answer in answers]))
 
-    def greedy(self, rows: list[int], most: int, until: Until | None) -> list[str]:
-        ids, mask = stacked(self.lm.tokenizer, [self.prompts[row] for row in rows], self.lm.device, left=True)
-        inputs, length = {"input_ids": ids, "attention_mask": mask}, ids.shape[1]
-        with self.edited(rows):
-            out = self.lm.continued(inputs, self.lm.stop(length, until), do_sample=False, max_new_tokens=most)
-        return self.lm.texts(out[:, length:])
+    def greedy(self, rows: list[int], most: int, until: Until | None) -> _Said:
+        def on(going: list[int], said: list[list[int]]) -> Tensor:
+            texts = [[*self.prompts[rows[i]], *said[i]] for i in going]
+            ids, mask = stacked(self.lm.tokenizer, texts, self.lm.device)
+            with self.edited([rows[i] for i in going]):
+                here = torch.arange(len(going), device=self.lm.device)
+                return self.lm.logits(here, mask.sum(1) - 1, input_ids=ids, attention_mask=mask)
+
+        return _spoken(self.lm, len(rows), most, until, on)
+
+
+def _spoken(
+    lm: LM, rows: int, most: int, until: Until | None, on: Callable[[list[int], list[list[int]]], Tensor]
+) -> _Said:
+    """What is likeliest, token by token.
+
+    Args:
+        lm: the model.
+        rows: how many.
+        most: tokens.
+        until: told a text so far, says whether it has gone far enough.
+        on: gives the logits of what comes next in those rows that go on, after what each said so far.
+    """
+    said, logprobs = [[] for _ in range(rows)], [[] for _ in range(rows)]
+    going = list(range(rows))
+    while going:
+        logits = on(going, said)
+        likeliest = logits.max(1)
+        likely = (likeliest.values - logits.logsumexp(1)).tolist()
+        for i, token, logprob in zip(going, likeliest.indices.tolist(), likely, strict=True):
+            said[i].append(token)
+            logprobs[i].append(logprob)
+        over = {i for i in going if said[i][-1] in lm.end_tokens or len(said[i]) == most}
+        if until is not None:
+            over |= {i for i, text in zip(going, lm.texts([said[i] for i in going]), strict=True) if until(text)}
+        going = [i for i in going if i not in over]
+    return _Said(said, logprobs)
 
 
 class Once:
@@ -94,25 +210,20 @@ class Once:
                 out[i] = torch.cat([out[i], more])
         return out
 
-    def greedy(self, rows: list[int], most: int, until: Until | None) -> list[str]:
-        said: list[list[int]] = [[] for _ in rows]
-        going, logits = list(range(len(rows))), self.first[rows]
+    def greedy(self, rows: list[int], most: int, until: Until | None) -> _Said:
         with self._from(rows) as batch:
-            while True:
-                for i, token in zip(going, logits.argmax(1).tolist(), strict=True):
-                    said[i].append(token)
-                over = self._over([said[i] for i in going], until)
-                stay = [k for k, i in enumerate(going) if not over[k] and len(said[i]) < most]
-                if not stay:
-                    return self.lm.texts(said)
-                batch.keep(stay)
-                going = [going[k] for k in stay]
-                ids = torch.tensor([said[i][-1:] for i in going], device=self.lm.device)
-                logits = batch.read(ids, torch.ones_like(ids))
+            there = list(range(len(rows)))
 
-    def _over(self, said: Sequence[Ids], until: Until | None) -> list[bool]:
-        ended = [ids[-1] in self.lm.end_tokens for ids in said]
-        return ended if until is None else [e or until(t) for e, t in zip(ended, self.lm.texts(said), strict=True)]
+            def on(going: list[int], said: list[list[int]]) -> Tensor:
+                nonlocal there
+                if not said[going[0]]:
+                    return self.first[rows]
+                batch.keep([there.index(i) for i in going])
+                there = going
+                ids = torch.tensor([said[i][-1:] for i in going], device=self.lm.device)
+                return batch.read(ids, torch.ones_like(ids))
+
+            return _spoken(self.lm, len(rows), most, until, on)
 
     @contextmanager
     def _from(self, rows: list[int]) -> Iterator[_Rows]:
@@ -133,7 +244,7 @@ class _Rows:
     def keep(self, rows: list[int]) -> None:
         """From now on the batch is these rows of it."""
         if rows != list(range(len(self.rows))):
-            self.cache.batch_select_indices(torch.tensor(rows, device=self.lm.device))
+            self.cache.reorder_cache(torch.tensor(rows, device=self.lm.device))
             self.rows, self.mask = [self.rows[row] for row in rows], self.mask[rows]
 
     def read(self, ids: Tensor, mask: Tensor, last: bool = False) -> Tensor:
@@ -141,7 +252,7 @@ class _Rows:
         places = (self.mask.sum(1, keepdim=True) + mask.cumsum(1) - 1).clamp(min=0)
         self.mask = torch.cat([self.mask, mask], 1)
         inputs = {"input_ids": ids, "attention_mask": self.mask, "past_key_values": self.cache, "use_cache": True}
-        if takes_positions(self.lm):
+        if takes(self.lm, "position_ids"):
             inputs["position_ids"] = places
         asked = mask.clone()
         asked[:, : -1 if last else 0] = 0

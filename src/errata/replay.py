@@ -9,17 +9,19 @@ so there is no line here for any architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import log_softmax
 
 from .lm import LM
-from .past import Past, empty, proven, roomy, takes_positions
+from .past import Past, Use, alike, empty, grows, hooked, proven, roomy, takes, tolerance
 from .tokens import Tokens
-from .trace import outputs_of
+from .trace import outputs_of, rewrite
 
 
 class Passes(Protocol):
@@ -27,6 +29,8 @@ class Passes(Protocol):
 
     start: Tensor
     """(batch,) the columns, in the hidden states that hooks see, at which each row begins to change."""
+    length: int
+    """The columns that hooks see."""
 
     def logits(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Logits (m, vocabulary) at positions of the batch; no column is before its row's start."""
@@ -42,6 +46,7 @@ class FullPasses:
 
     def __init__(self, lm: LM, batch: Tokens, start: Tensor) -> None:
         self.lm, self.batch, self.start = lm, batch, start
+        self.length = batch.ids.shape[1]
 
     def logits(self, rows: Tensor, cols: Tensor) -> Tensor:
         return self.lm.logits(rows, cols, **self.batch.inputs)
@@ -56,34 +61,48 @@ class Replay:
     The blocks below stand still, and in the edited block so does all that is done by then; a place that is a block can
     only be written over, and stands still itself. Rows are aligned at their start: what comes before is padded on the
     left, what comes after on the right. The last token of a target is predicted, never read.
+
+    Where a model's cache holds states that a pass writes over (linear attention, convolutions, SSMs), passes begin with
+    the first token: only the blocks below are spared.
     """
 
     def __init__(self, lm: LM, batch: Tokens, places: Sequence[str], start: Tensor) -> None:
-        self.lm, self.first, self.start = lm, start, torch.zeros_like(start)
+        goes_on = takes(lm, "past_key_values") and grows(empty(lm))
+        self.lm, self.first = lm, start if goes_on else torch.zeros_like(start)
+        self.start = start - self.first
         block = block_of(lm, places[0])
         assert block is not None
         whole = lm.blocks[block] in places
         self.below = block + whole
-        before, after = int(start.max()), int((batch.ends - start).max()) + 1
-        ids, mask, positions = _aligned(batch, start, before, after)
-        self.inputs: dict[str, Any] = {"input_ids": ids[:, before:], "attention_mask": mask, "use_cache": True}
-        if takes_positions(lm):
+        before, after = int(self.first.max()), int((batch.ends - self.first).max()) + 1
+        ids, mask, positions = _aligned(batch, self.first, before, after)
+        self.length = after
+        self.inputs: dict[str, Any] = {"input_ids": ids[:, before:], "attention_mask": mask}
+        if takes(lm, "position_ids"):
             self.inputs["position_ids"] = positions[:, before:]
         with torch.no_grad():
-            self.past = Past(self._read(ids, mask, positions, before))
+            self.past = Past(self._read(ids, mask, positions, before)) if before else None
             self.still = self._pause(() if whole else places)
-            self.past.hollow(self.below)
+            if self.past:
+                self.past.hollow(self.below)
 
     def _read(self, ids: Tensor, mask: Tensor, positions: Tensor, before: int) -> Any:
         """The cache after the tokens before the start."""
-        if not before:
-            return empty(self.lm)
         cache = roomy(self.lm, ids.shape[1] - before, slice(self.below, None))
         inputs = {"input_ids": ids[:, :before], "attention_mask": mask[:, :before]}
         if "position_ids" in self.inputs:
             inputs["position_ids"] = positions[:, :before]
         self.lm.model.get_decoder()(**inputs, use_cache=True, past_key_values=cache)
         return cache
+
+    @contextmanager
+    def _going_on(self) -> Iterator[dict[str, Any]]:
+        """What the model is called with."""
+        if self.past is None:
+            yield self.inputs
+        else:
+            with self.past.as_it_was() as cache:
+                yield self.inputs | {"past_key_values": cache, "use_cache": True}
 
     def _pause(self, inside: Sequence[str]) -> list[tuple[list[nn.Module], Any]]:
         """Modules that have nothing new to say, and what they put out: the blocks below, and of the next one what is
@@ -93,31 +112,42 @@ class Replay:
             named = self.lm.module(names[self.below]).named_modules(prefix=names[self.below])
             parts = [n for n, m in named if any(True for _ in m.parameters())]  # others (dropout) may run again
         below = names[: self.below]
-        with self.past.as_it_was() as cache:
-            seen = outputs_of(self.lm, [*below[-1:], *parts], self.inputs | {"past_key_values": cache}, before=inside)
+        with self._going_on() as inputs:
+            seen = outputs_of(self.lm, [*below[-1:], *parts], inputs, before=inside)
+        seen = {n: output for n, output in seen.items() if _has_rows(output, len(self.first), self.length)}
+        if below and below[-1] not in seen:
+            raise ValueError(f"what {below[-1]} puts out is not row by row")
         done = [n for n in parts if n in seen and n.rpartition(".")[0] not in seen]
         still = [([self.lm.module(n)], seen[n]) for n in done]
         return still + [([self.lm.module(n) for n in below], seen[n]) for n in below[-1:]]
 
     def logits(self, rows: Tensor, cols: Tensor) -> Tensor:
-        with self.past.as_it_was() as cache, _standing(self.still):
-            return self.lm.logits(rows, cols - self.first[rows], **self.inputs, past_key_values=cache)
+        with self._going_on() as inputs, _standing(self.still):
+            return self.lm.logits(rows, cols - self.first[rows], **inputs)
 
     def keep(self, rows: Tensor) -> None:
         """What was read of these rows stays: nothing is run again."""
-        batch = len(self.first)
-        self.past.keep(rows)
-        self.past.hollow(self.below)
-        self.still = [(modules, _rows_of(output, rows, batch)) for modules, output in self.still]
+        shape = len(self.first), self.length
+        if self.past:
+            self.past.keep(rows)
+            self.past.hollow(self.below)
+        self.still = [(modules, _rows_of(output, rows, *shape)) for modules, output in self.still]
         self.first, self.start = self.first[rows], self.start[rows]
-        self.inputs |= {k: v[rows] for k, v in self.inputs.items() if isinstance(v, Tensor)}
+        self.inputs = {k: v[rows] for k, v in self.inputs.items()}
+
+    def few(self, rows: Tensor) -> Replay:
+        """A replay of these rows alone; this one stays as it is."""
+        other = copy(self)
+        other.past = copy(self.past)
+        other.keep(rows)
+        return other
 
 
 def passes(lm: LM, batch: Tokens, places: Sequence[str], start: Tensor) -> Passes:
     """The cheapest exact way to run a batch again when only the outputs of `places` from `start` on change.
 
-    The first time for a model and a place, a replay is held against a full pass; a model that can't be replayed gets
-    full passes, and the log says so.
+    In each kind of use, a replay is held against full passes the first time (`errata.past.proven`); a model that can't
+    be replayed gets full passes, and the log says so.
 
     Args:
         lm: the model.
@@ -129,16 +159,86 @@ def passes(lm: LM, batch: Tokens, places: Sequence[str], start: Tensor) -> Passe
     if block_of(lm, places[0]) is None:
         return full
 
-    def both(replay: Replay) -> tuple[Tensor, Tensor]:
-        rows = torch.stack([start.argmin(), start.argmax()])  # where the padding is longest and shortest
-        few = batch[rows]
-        with torch.no_grad():
-            return replay.logits(rows, few.ends), FullPasses(lm, few, start[rows]).logits(
-                torch.arange(2, device=start.device), few.ends
-            )
+    def use(_: Replay) -> Use:
+        after = batch.ends - start
+        kind = len(batch) > 1, bool(start.any()), bool((start != start[0]).any()), bool((after != after[0]).any())
+        return (*kind, hooked(lm)), (int(start.max()), int(after.max()), int(batch.ends.max()))
 
-    what = f"replayed from {places[0]}"
-    return proven(lm, ("replays", *places), what, lambda: Replay(lm, batch, places, start), both) or full
+    return (
+        proven(
+            lm,
+            ("replays", *places),
+            f"replayed from {places[0]}",
+            lambda: Replay(lm, batch, places, start),
+            use,
+            lambda replay: _agrees(lm, replay, batch, places, start),
+        )
+        or full
+    )
+
+
+def _agrees(lm: LM, replay: Replay, batch: Tokens, places: Sequence[str], start: Tensor) -> bool:
+    """Whether logits and their gradient at the places are those of full passes while the places put out something else:
+    in a first pass of all rows, then in one of a few, after the others have left."""
+    rows = _telling(batch, start)
+    reads = torch.stack([start[rows], batch.ends[rows]], 1).flatten()
+    number = torch.arange(len(rows), device=rows.device).repeat_interleave(2)
+    nudge = _Nudge(lm, places)
+    want, pull = nudge.pulled(FullPasses(lm, batch[rows], start[rows]), number, reads)
+    with torch.no_grad():
+        whole = nudge.logits(replay, rows.repeat_interleave(2), reads)
+    got, pulled = nudge.pulled(replay.few(rows), number, reads)
+    near = [(g - w).norm() <= tolerance(lm) * w.norm() for g, w in zip(pulled, pull, strict=True)]
+    return alike(lm, whole, want) and alike(lm, got, want) and all(near)
+
+
+def _telling(batch: Tokens, start: Tensor) -> Tensor:
+    """The longest row and the one with most padding before its start, or another; fewer than there are."""
+    longest, padded = batch.ends.argmax(), start.argmin()
+    other = torch.where(padded == longest, (longest + 1) % len(batch), padded)
+    return torch.stack([longest, other])[: max(1, len(batch) - 1)]
+
+
+class _Nudge:
+    """What is added to the outputs of places from the start on: noise of their own size, alike in all rows."""
+
+    def __init__(self, lm: LM, places: Sequence[str]) -> None:
+        self.lm, self.places = lm, places
+        self.vectors: dict[str, Tensor] = {}
+        self.answers: Tensor | None = None
+
+    def logits(self, run: Passes, rows: Tensor, cols: Tensor) -> Tensor:
+        """Logits (m, vocabulary) of a nudged pass."""
+        self.added: dict[str, Tensor] = {}
+
+        def adder(place: str) -> Callable[[Tensor], Tensor]:
+            def add(output: Tensor) -> Tensor:
+                if place not in self.vectors:
+                    draw = torch.randn(output.shape[2:], generator=torch.Generator().manual_seed(0))
+                    self.vectors[place] = draw.to(output.device) * output.detach().float().std()
+                if place not in self.added:
+                    self.added[place] = (
+                        self.vectors[place].repeat(len(output), *[1] * (output.ndim - 2)).requires_grad_()
+                    )
+                here = torch.arange(output.shape[1], device=output.device) >= run.start[:, None]
+                here = here.view(*here.shape, *[1] * (output.ndim - 2))
+                return (output + here * self.added[place][:, None]).to(output.dtype)
+
+            return add
+
+        with ExitStack() as stack:
+            for place in self.places:
+                stack.enter_context(rewrite(self.lm, place, len(run.start), adder(place)))
+            return run.logits(rows, cols)
+
+    def pulled(self, run: Passes, rows: Tensor, cols: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The logits, and the gradient (rows, d) at each place of the log-probability of the likeliest answers."""
+        with torch.enable_grad():
+            logits = self.logits(run, rows, cols)
+            if self.answers is None:
+                self.answers = logits.argmax(1)
+            said = log_softmax(logits, -1).gather(1, self.answers[:, None]).sum()
+            return logits.detach(), list(torch.autograd.grad(said, [self.added[p] for p in self.places]))
 
 
 def block_of(lm: LM, place: str) -> int | None:
@@ -158,11 +258,24 @@ def in_pass(here: Tensor, shift: Tensor, length: int) -> Tensor:
     return here.gather(1, cols.clamp(0, here.shape[1] - 1)) & (cols < here.shape[1])
 
 
-def _rows_of(output: Any, rows: Tensor, batch: int) -> Any:
+def _has_rows(output: Any, batch: int, length: int) -> bool:
+    """Whether it is known which of what a module put out belongs to which row: of its hidden states, and what it may
+    put out beside them, such as attention."""
+    first, *others = output if isinstance(output, tuple) else (output,)
+    if not isinstance(first, Tensor) or first.ndim < 2:
+        return False
+    flat = first.ndim == 2 and len(first) == batch * length != first.shape[1]
+    beside = all(x is None or (isinstance(x, Tensor) and x.ndim > 2 and len(x) == batch) for x in others)
+    return beside and (flat or (first.ndim > 2 and first.shape[:2] == (batch, length)))
+
+
+def _rows_of(output: Any, rows: Tensor, batch: int, length: int) -> Any:
     """Some rows of what a module put out for a batch, in the form it gave it."""
-    if isinstance(output, Tensor):
-        return output.unflatten(0, (batch, -1))[rows].flatten(0, 1)
-    return tuple(_rows_of(part, rows, batch) for part in output) if isinstance(output, tuple) else output
+    if isinstance(output, tuple):
+        return tuple(_rows_of(part, rows, batch, length) for part in output)
+    if output is None:
+        return None
+    return output.unflatten(0, (batch, length))[rows].flatten(0, 1) if output.ndim == 2 else output[rows]
 
 
 def _aligned(batch: Tokens, start: Tensor, before: int, after: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,13 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import ErrataError
 from .lm import LM
 from .tokens import Tokens
 
 
-def hidden(output: Any, batch: int) -> Tensor:
-    """The hidden states in a module's input or output, as (batch, seq, d)."""
+def hidden(output: Any, batch: int, length: int | None = None, name: str = "this module") -> Tensor:
+    """The hidden states in a module's input or output, as (batch, seq, d).
+
+    Args:
+        output: of the module, or its input.
+        batch: rows.
+        length: columns, where they are known.
+        name: of the module, for the error.
+
+    Raises:
+        ErrataError: they are not those of so many rows: an expert's, say, which gets the tokens sent to it.
+    """
     first = output[0] if isinstance(output, tuple) else output
+    if first.ndim == 2:
+        fits = len(first) == batch * length if length else len(first) % batch == 0
+    else:
+        fits = len(first) == batch and (length is None or first.shape[1] == length)
+    if not fits:
+        raise ErrataError(
+            f"{name} has values of shape {tuple(first.shape)} for {batch} rows of {length or 'some'} tokens, so nobody "
+            "knows which token is which; choose a place that sees every token of every row"
+        )
     return first.unflatten(0, (batch, -1)) if first.ndim == 2 else first
 
 
@@ -104,7 +124,7 @@ def read(lm: LM, names: Sequence[str], batch: Tokens, rows: Tensor, cols: Tensor
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(name: str, given: Any, output: Any) -> None:
-        into, out = hidden(given, len(batch)), hidden(output, len(batch))
+        into, out = (hidden(t, len(batch), batch.ids.shape[1], name) for t in (given, output))
         seen[name] = into[rows, cols].clone(), out[rows, cols].clone()
 
     watch(lm, names, batch.inputs, see)

@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..data import Probe
 from ..errors import ErrataError, UsageError
 from ..lm import ANSWER, LM
 from ..patch import Patch, applied_by_row
 from ..reading import read
 from ..tokens import Passage, batches, follow, prefix
-from . import memory, writing
+from . import writing
 
 TOKENS = 4096
 """Tokens in one pass, padding included. Changes the memory, not the answers."""

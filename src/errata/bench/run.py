@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import presets
+from .. import memory, presets
 from ..data import Case, Probe
 from ..edit import Edit
 from ..errors import ErrataError, UsageError
 from ..lm import LM
 from ..method import Method, versions
 from ..patch import Patch
-from . import answer, memory, metrics, writing
+from . import answer, metrics, writing
 from .ability import Ability
 from .answer import Answer, ask_cases, tolerant
 from .journal import Cell, Record

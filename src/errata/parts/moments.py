@@ -213,7 +213,7 @@ def _add(lm: LM, names: Sequence[str], ids: Tensor, sums: _Sums) -> None:
     mask = ids >= 0
 
     def see(name: str, given: Any, _output: Any) -> None:
-        every = hidden(given, len(ids)).float() * mask[:, :, None]
+        every = hidden(given, len(ids), ids.shape[1], name).float() * mask[:, :, None]
         k = every[mask]
         outer = (k.T @ k).double().cpu()
         sums.spread[name] = sums.spread.get(name, 0.0) + float((every @ every.mT).double().square().sum())

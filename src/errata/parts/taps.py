@@ -163,7 +163,7 @@ def _tapped(
 
     def nudged(name: str) -> Any:
         def hook(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            given[name] = hidden(args[0], len(tokens)).detach()
+            given[name] = hidden(args[0], len(tokens), run.length, name).detach()
             nudges[name] = torch.zeros_like(output, requires_grad=True)  # its gradient is the output's
             return output + nudges[name]
 
