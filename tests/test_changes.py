@@ -102,7 +102,7 @@ def test_a_quantised_weight_takes_a_low_rank_change_beside_it():
 
 
 def test_a_quantised_weight_refuses_a_dense_change():
-    with pytest.raises(ErrataError, match="it is quantised; only low-rank changes"):
+    with pytest.raises(ErrataError, match="keeps its weight in a form of its own; only low-rank"):
         dense().attach(Site("it", Rounded(site().module)))
 
 

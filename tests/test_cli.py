@@ -87,7 +87,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("errata.lm.load", load)
+    monkeypatch.setattr("errata.loading.load", load)
 
 
 def started(*args: str | Path, **more: Any) -> subprocess.Popen[str]:
@@ -391,8 +391,8 @@ def test_anatomy_finds_the_parts(architecture: str, ok: Any, sh: Any, tmp_path: 
 def test_anatomy_of_a_model_where_the_rule_fails_lists_what_there_is(ok: Any, sh: Any, monkeypatch: pytest.MonkeyPatch):
     lm = tiny.lm("gpt2")
     for block in lm.model.transformer.h:
-        block.mlp.another = torch.nn.Linear(32, 64)
-    monkeypatch.setattr("errata.lm.load", lambda *_, **__: lm)
+        block.mlp.another = torch.nn.Linear(96, 64)
+    monkeypatch.setattr("errata.loading.load", lambda *_, **__: lm)
     found = ok("anatomy", "somewhere")
     assert "mlp_path" in found["problem"]
     assert found["layers"][0]["mlp"] is None
@@ -545,7 +545,7 @@ def test_corpus_that_is_not_there(sh: Any, model: str):
 def test_unknown_models(sh: Any, tmp_path: Path):
     refused(sh("anatomy", tmp_path / "nowhere"), 2, "there is no folder")
     refused(sh("anatomy", "no-such-model-anywhere"), 1, "'no-such-model-anywhere' can't be loaded")
-    refused(sh("anatomy", tmp_path), 1, "can't be loaded")
+    refused(sh("anatomy", tmp_path), 2, "so it holds no model")
 
 
 def test_damaged_patches(sh: Any, patch: Path, model: str, tmp_path: Path):

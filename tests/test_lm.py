@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import errata
-from errata import LM, ErrataError, UsageError
+from errata import LM, ErrataError, Site, UsageError
+from errata.changes import LowRank
 from errata.tokens import Passage
 from tests import tiny
 
@@ -143,10 +144,147 @@ def test_the_head_runs_only_where_logits_are_read():
     assert seen == [1]
 
 
-@pytest.mark.parametrize("config", ["MixtralConfig", "Qwen3MoeConfig"])
-def test_experts_are_refused_and_the_override_is_named(config: str):
-    with pytest.raises(ErrataError, match=r"no single MLP write matrix \(found .*mlp_path=\.\.\.\)"):
-        experts(config).mlp_out(0)
+@pytest.mark.parametrize("config", ["MixtralConfig", "Qwen3MoeConfig", "GptOssConfig"])
+def test_a_mixture_of_experts_is_refused_and_what_can_be_edited_is_named(config: str):
+    lm = experts(config)
+    with pytest.raises(ErrataError, match=r"it is a mixture of experts, .* its attention can be edited") as refused:
+        lm.mlp_out(0)
+    named = str(refused.value).rpartition("at='")[2].rstrip("'")
+    assert lm.site(named).shape[0] == D
+    assert "self_attn" in named
+    for path in ("mlp.experts", "mlp.experts.down_proj", "mlp.experts.0.down_proj"):
+        with pytest.raises(UsageError):
+            LM(lm.model, lm.tokenizer, mlp_path=path).mlp_out(0)
+
+
+SHARED = dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1, kv_lora_rank=16)
+LATENT = dict(q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4)
+OWN: dict[str, tuple[dict[str, Any], list[str]]] = {  # the write matrix in the first two blocks
+    "Qwen2MoeConfig": (dict(shared_expert_intermediate_size=WIDE), ["mlp.shared_expert.down_proj"] * 2),
+    "DeepseekV3Config": (SHARED | LATENT, ["mlp.down_proj", "mlp.shared_experts.down_proj"]),
+    "Qwen3_5TextConfig": (dict(linear_num_value_heads=4, linear_num_key_heads=2), ["mlp.down_proj"] * 2),
+    "Lfm2Config": (dict(full_attn_idxs=[1], block_auto_adjust_ff_dim=False), ["feed_forward.w2"] * 2),
+    "RecurrentGemmaConfig": (dict(lru_width=D, block_types=["recurrent"]), ["mlp_block.down_proj"] * 2),
+    "FalconH1Config": (dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8), ["feed_forward.down_proj"] * 2),
+    "MambaConfig": ({}, ["mixer.out_proj"] * 2),
+    "Gemma3nTextConfig": (
+        dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=600, num_kv_shared_layers=0, laurel_rank=4),
+        ["mlp.down_proj"] * 2,
+    ),
+}
+"""Experts that all tokens share; convolutions, recurrences, low-rank side ways and gates beside one MLP."""
+
+
+@pytest.mark.parametrize("config", OWN)
+def test_the_one_mlp_of_a_block_of_many_parts_is_found(config: str):
+    own, wanted = OWN[config]
+    drop = ("head_dim",) if config == "DeepseekV3Config" else ()
+    common = {k: v for k, v in (COMMON | EXPERTS).items() if k not in drop}
+    lm = LM(built(config, Frozen(common | own)), tiny.bpe())
+    assert [lm.mlp_out(i).name.removeprefix(f"{lm.blocks[i]}.") for i in (0, 1)] == wanted
+
+
+def test_the_matrices_of_an_mlp_are_no_routers_and_no_gates_of_experts():
+    lm = LM(built("Qwen2MoeConfig", Frozen(COMMON | EXPERTS | OWN["Qwen2MoeConfig"][0])), tiny.bpe())
+    own = [f"model.layers.1.mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")]
+    assert [site.name for site in lm.mlp(1)] == own
+    assert {site.shape for site in lm.mlp(1)} == {(WIDE, D), (D, WIDE)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_matrices_of_an_mlp_are_those_that_stand_with_its_write_matrix(name: str):
+    lm = family(name)
+    found = [site.name for site in lm.mlp(1)]
+    assert lm.mlp_out(1).name in found
+    assert len(found) == (3 if FAMILIES[name][2] == "mlp.down_proj" and name not in ("phi3", "glm4") else 2)
+    assert not any("attn" in n or "attention" in n for n in found)
+
+
+def test_attention_can_stand_for_the_mlp():
+    lm = LM(experts().model, tiny.bpe(), mlp_path="self_attn.o_proj")
+    assert [s.name for s in lm.mlp(1)] == [lm.mlp_out(1).name] == ["model.layers.1.self_attn.o_proj"]
+
+
+def test_a_path_may_differ_from_block_to_block():
+    model = built(
+        "DeepseekV3Config", Frozen({k: v for k, v in (COMMON | EXPERTS | SHARED | LATENT).items() if k != "head_dim"})
+    )
+    lm = LM(model, tiny.bpe(), mlp_path="mlp.up_proj | mlp.shared_*.up_proj")
+    assert lm.mlp_out(0).name == "model.layers.0.mlp.up_proj"
+    assert lm.mlp_out(1).name == "model.layers.1.mlp.shared_experts.up_proj"
+    for path, found in (("mlp.*_proj", r"\['mlp.gate_proj', .*\]"), ("nowhere.*", "nothing")):
+        with pytest.raises(UsageError, match=f"names {found} in model.layers.0, where one matrix is wanted"):
+            LM(model, tiny.bpe(), mlp_path=path).mlp_out(0)
+
+
+# Weights that are not what they seem
+
+
+class Coded(nn.Linear):
+    """Its numbers are codes of eight bits, with a scale of its own beside them."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out, bias=False)
+        self.weight = nn.Parameter(torch.randn(d_out, d_in).to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (0.1 * self.weight.float()).T
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.1 * super().forward(x)
+
+
+class Rounding(nn.Linear):
+    """To eight bits whenever it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.weight.abs().max() / 127
+        return nn.functional.linear(x, (self.weight / step).round() * step)
+
+
+class Spelled(nn.Linear):
+    """An ordinary one with a forward of its own, as Falcon's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def parametrised() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "writable"),
+    [
+        (lambda: nn.Linear(8, 4), True),
+        (lambda: nn.Linear(8, 4).bfloat16(), True),
+        (lambda: Spelled(8, 4), True),
+        (lambda: Conv1D(4, 8), True),
+        (lambda: Coded(8, 4), False),
+        (lambda: Scaled(8, 4), False),
+        (lambda: Rounding(8, 4), False),
+        (parametrised, False),
+        (lambda: nn.utils.weight_norm(nn.Linear(8, 4)), False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_weight_is_writable_where_its_numbers_are_what_the_module_does(make: Any, writable: bool):
+    """Else a change is put beside it: what it adds to the output is the change times the input."""
+    torch.manual_seed(0)
+    site = Site("it", make())
+    assert site.writable == writable
+    change = LowRank(torch.zeros(1).long(), torch.randn(4, 1), torch.randn(1, 8))
+    x = torch.randn(2, 3, 8).to(site.weight.dtype if writable else torch.float32)
+    before = site.module(x)
+    undo = change.attach(site)
+    exact = 1e-5 if x.dtype == torch.float32 else 3e-2  # bfloat16 keeps eight bits of the sum
+    torch.testing.assert_close(
+        site.module(x) - before, (x.float() @ change.delta.T).to(x.dtype), atol=exact, rtol=exact
+    )
+    undo()
+    assert torch.equal(site.module(x), before)
 
 
 def test_a_square_mlp_is_refused_until_it_is_named():
@@ -158,7 +296,7 @@ def test_a_square_mlp_is_refused_until_it_is_named():
 
 def test_two_lists_of_blocks_are_refused_until_one_is_named():
     lm = tiny.lm("gpt2")
-    lm.model.more = nn.ModuleList([nn.Identity()] * 4)
+    lm.model.transformer.more = nn.ModuleList([nn.Identity()] * 4)
     with pytest.raises(ErrataError, match=r"found \[.*'transformer.h'.*\]; name it: LM\(model, tokenizer, block_list"):
         lm.blocks  # noqa: B018
     assert LM(lm.model, lm.tokenizer, block_list="transformer.h").blocks[3] == "transformer.h.3"
@@ -273,53 +411,3 @@ def test_frozen_is_undone(error: type[Exception] | None):
     except ZeroDivisionError:
         pass
     assert tiny.differences(before, tiny.state(lm.model)) == []
-
-
-# Loading
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    lm = tiny.lm("llama")
-    lm.model.save_pretrained(tmp_path)
-    lm.tokenizer.save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_a_folder_is_loaded_as_it_was_saved(folder: Path):
-    lm = errata.load(folder, device="cpu")
-    assert lm.fingerprint == tiny.lm("llama").fingerprint
-    assert errata.load(folder, dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
-    assert not lm.model.training
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path):
-    with pytest.raises(UsageError, match="there is no folder"):
-        errata.load(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("damage", ["weights", "config", "no config", "no tokenizer"])
-def test_what_cannot_be_loaded_is_one_sentence(folder: Path, damage: str):
-    if damage == "weights":
-        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    elif damage == "config":
-        (folder / "config.json").write_text("{")
-    elif damage == "no config":
-        (folder / "config.json").unlink()
-    else:
-        for path in folder.glob("tokenizer*"):
-            path.unlink()
-    with pytest.raises(ErrataError, match="can't be loaded") as refused:
-        errata.load(folder)
-    assert "\n" not in str(refused.value)
-
-
-def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(folder: Path):
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    sprung = folder / "sprung"
-    (folder / "theirs.py").write_text(f"open({str(sprung)!r}, 'w')\n")
-    with pytest.raises(ErrataError, match="can't be loaded"):
-        errata.load(folder)
-    assert not sprung.exists()

@@ -23,7 +23,8 @@ from .methods import CLASSES
 __version__ = "0.1.0"
 
 _WHERE = {
-    **dict.fromkeys(("load", "LM", "Site"), "lm"),
+    **dict.fromkeys(("LM", "Site"), "lm"),
+    "load": "loading",
     "Patch": "patch",
     **dict.fromkeys(("Method", "sequential"), "method"),
     **dict.fromkeys(CLASSES, "methods"),

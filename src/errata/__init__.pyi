@@ -13,7 +13,7 @@ from .errors import ErrataError as ErrataError
 from .errors import UsageError as UsageError
 from .lm import LM as LM
 from .lm import Site as Site
-from .lm import load as load
+from .loading import load as load
 from .method import Method as Method
 from .method import methods as methods
 from .method import sequential as sequential

@@ -12,23 +12,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, overload
+from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
-from . import tokens
+from . import anatomy, tokens
 from .errors import ErrataError, UsageError
 
 ALMANAC = Path(__file__).parent / "almanac"
 
 ANSWER = 32
 """Tokens that text put before a prompt leaves free for the answer, at least."""
+
+
+NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of weights that can be written as they are."""
+
+_products: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
+"""By module: the `forward` it had as it was tried, where it is not its class's own, and what came of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,22 +47,48 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """A view of the weight as (d_out, d_in), written through to the model. (Conv1D stores (d_in, d_out).)"""
-        stored = self.module.get_parameter("weight")
+        """A view of the weight as (d_out, d_in), written through to the model where it is `writable`.
+
+        (Conv1D stores (d_in, d_out).)
+        """
+        stored: Any = self.module.weight
         return stored.T if isinstance(self.module, Conv1D) else stored
 
     @property
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in)."""
-        if isinstance(self.module, nn.Linear):
-            return self.module.out_features, self.module.in_features
-        d_out, d_in = self.weight.shape
-        return d_out, d_in
+        return anatomy.shape_of(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is kept."""
+        return next(chain(self.module.parameters(), self.module.buffers())).device
 
     @property
     def writable(self) -> bool:
-        """Whether the weight holds plain numbers of that shape; a quantised one does not."""
-        return self.weight.is_floating_point() and tuple(self.weight.shape) == self.shape
+        """Whether the numbers in the tensor are the weight: to change them is to change what the module does.
+
+        Not those of a quantised, scaled or parametrised weight, beside which a change can still be put.
+        """
+        stored = vars(self.module)["_parameters"].get("weight")
+        plain = type(stored) is nn.Parameter and stored.dtype in NUMBERS and tuple(self.weight.shape) == self.shape
+        return plain and _is_product(self.module)
+
+
+@torch.no_grad()
+def _is_product(module: nn.Module) -> bool:
+    """Whether a module puts out its input times its weight, by what it makes of three unit vectors."""
+    how = vars(module).get("forward")
+    if module in _products and _products[module][0] is how:
+        return _products[module][1]
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    which = torch.linspace(0, weight.shape[1] - 1, 3).long()
+    units = torch.zeros(1, 3, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    units[0, torch.arange(3), which] = 1
+    wanted = weight.T[which] + (0 if module.bias is None else module.bias)
+    alike = (module.forward(units)[0] - wanted).norm() <= 2e-3 * wanted.norm()  # TF32 keeps 10 bits, 8 bits err by more
+    _products[module] = how, bool(alike)
+    return bool(alike)
 
 
 class Reader(Protocol):
@@ -93,7 +126,7 @@ class LM:
     block_list: str | None = None
     """Path of the list of blocks, for a model where the rule finds none or several."""
     mlp_path: str | None = None
-    """Path of the MLP's write matrix inside a block, likewise."""
+    """Path of the MLP's write matrix inside a block, likewise. Where blocks differ: paths with `|` between, and `*`."""
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What was computed from the unedited model and holds for as long as this object lives."""
     patched: int = field(default=0, init=False, repr=False)
@@ -151,9 +184,15 @@ class LM:
     def blocks(self) -> tuple[str, ...]:
         """Names of the transformer blocks, first to last."""
         depth = self.config.num_hidden_layers
-        lists = [n for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
+        found = {n: m for n, m in lists.items() if not any(map(anatomy.is_linear, m))}
         if self.block_list is not None:
-            lists = [n for n in lists if n == self.block_list]
+            lists = [n for n in found if n == self.block_list]
+        elif len(found) > 1 and hasattr(self.model, "get_decoder"):  # a tower that sees may be as deep
+            reading = set(self.model.get_decoder().modules())
+            lists = [n for n, m in found.items() if m in reading]
+        else:
+            lists = list(found)
         if len(lists) != 1:
             raise ErrataError(
                 f"{self.name}: expected one list of {depth} blocks, found {lists or 'none'}; "
@@ -173,45 +212,62 @@ class LM:
         return self.mlp_out(at) if isinstance(at, int) else self._linear(at)
 
     def mlp_out(self, layer: int) -> Site:
-        """The matrix by which a block's MLP writes to the residual stream."""
+        """The matrix by which a block's MLP writes to the residual stream (among experts, that of a shared one)."""
         if not 0 <= layer < len(self.blocks):
             raise UsageError(f"{self.name} has layers 0 to {len(self.blocks) - 1}, not {layer}")
-        block = self.blocks[layer]
+        name = self.blocks[layer]
+        block = self.module(name)
         if self.mlp_path is not None:
-            return self._linear(f"{block}.{self.mlp_path}")
-        outside = [s for s in self._writers(block) if s.shape[1] != self.d_model and not _in_attention(s.name)]
-        fused = any(p.ndim > 2 for p in self.module(block).parameters())
-        if len(outside) != 1 or fused:
-            names = [s.name.removeprefix(block + ".") for s in outside]
-            raise ErrataError(
-                f"{block} has no single MLP write matrix (found {names or 'none'}"
-                f"{', next to fused experts' if fused else ''}); name it: LM(model, tokenizer, mlp_path=...)"
-            )
-        return outside[0]
+            return self._linear(f"{name}.{self._named(name, self.mlp_path)}")
+        found = anatomy.mlp_writers(block, self.d_model)
+        if len(found) != 1:
+            raise ErrataError(self._no_mlp(name, found))
+        return Site(f"{name}.{found[0]}", block.get_submodule(found[0]))
 
     def mlp(self, layer: int) -> list[Site]:
-        """All matrices of a block outside its attention: those of its MLP."""
-        self.mlp_out(layer)  # an MLP of fused experts has no matrices to speak of
-        block = self.blocks[layer]
-        named = self.module(block).named_modules()
-        found = [Site(f"{block}.{n}", m) for n, m in named if isinstance(m, nn.Linear | Conv1D)]
-        return [site for site in found if not _in_attention(site.name)]
+        """All matrices of the MLP that writes by `mlp_out`."""
+        name, write = self.blocks[layer], self.mlp_out(layer).name
+        block = self.module(name)
+        parts = anatomy.mlp_parts(block, write.removeprefix(f"{name}."), self.d_model)
+        return [Site(f"{name}.{part}", block.get_submodule(part)) for part in parts]
 
     def attention_out(self, layer: int) -> Site | None:
         """The matrix by which a block's attention writes to the residual stream, where there is exactly one."""
-        found = [s for s in self._writers(self.blocks[layer]) if _in_attention(s.name)]
-        wide = [s for s in found if s.name.rsplit(".", 1)[-1] in {"o_proj", "out_proj", "c_proj", "dense"}]
-        return (wide or found)[0] if len(wide or found) == 1 else None
+        name = self.blocks[layer]
+        block = self.module(name)
+        found = [n for n in anatomy.writers(block, self.d_model) if anatomy.in_attention(block, n)]
+        wide = [n for n in found if n.rpartition(".")[2] in {"o_proj", "out_proj", "c_proj", "dense"}]
+        best = wide or found
+        return Site(f"{name}.{best[0]}", block.get_submodule(best[0])) if len(best) == 1 else None
 
-    def _writers(self, block: str) -> list[Site]:
-        linear = [
-            Site(f"{block}.{n}", m) for n, m in self.module(block).named_modules() if isinstance(m, nn.Linear | Conv1D)
-        ]
-        return [s for s in linear if s.shape[0] == self.d_model]
+    def _named(self, name: str, path: str) -> str:
+        """The part of a block that a path, or a pattern of several, names."""
+        block = self.module(name)
+        if path in dict(block.named_modules()) or not set(path) & set("*?[|"):
+            if any(path.startswith(f"{experts}.") for experts in anatomy.routed(block)):
+                raise UsageError(f"{name}.{path} is one of the experts, of which a token sees some; edit a shared one")
+            return path
+        if len(found := anatomy.matching(block, path)) != 1:
+            raise UsageError(f"mlp_path={path!r} names {found or 'nothing'} in {name}, where one matrix is wanted")
+        return found[0]
+
+    def _no_mlp(self, name: str, found: Sequence[str]) -> str:
+        """Why a block has no single matrix by which its MLP writes, and what can be edited in its place."""
+        block = self.module(name)
+        writers = anatomy.writers(block, self.d_model)
+        outside = found or [n for n in writers if not anatomy.in_attention(block, n)]
+        said = f"{name} has no single MLP write matrix (found {list(found) or 'none'})"
+        if outside:
+            return f"{said}; name it: LM(model, tokenizer, mlp_path=...), one of {', '.join(outside)}"
+        experts = any("expert" in f"{n} {type(m).__name__}".lower() for n, m in block.named_modules())
+        said += ": it is a mixture of experts, none of which all tokens see" if experts else ""
+        if (attention := self.attention_out(self.blocks.index(name))) is not None:
+            said += f"; its attention can be edited by methods that take a place by name, at={attention.name!r}"
+        return said
 
     def _linear(self, name: str) -> Site:
         module = self.module(name)
-        if not isinstance(module, nn.Linear | Conv1D):
+        if not anatomy.is_linear(module):
             raise UsageError(
                 f"{name} is a {type(module).__name__}, not a linear map; `errata anatomy` lists the places"
             )
@@ -375,55 +431,3 @@ class LM:
                 undo.callback(p.requires_grad_, True)
                 p.requires_grad_(False)
             yield self
-
-
-def load(
-    name: str | Path,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    trust_remote_code: bool = False,
-) -> LM:
-    """Load a model: `almanac` (built in), a folder, or a name on the hub.
-
-    Args:
-        name: which model.
-        dtype: of the weights; by default what they were saved in (`almanac`: float32).
-        device: where to; by default a GPU if there is one.
-        trust_remote_code: run Python code that comes with the model. Off unless asked for.
-
-    Raises:
-        ErrataError: the model can't be found or read.
-    """
-    built_in = str(name) == "almanac"
-    place = ALMANAC if built_in else name
-    if not built_in and _looks_like_a_path(name) and not Path(name).is_dir():
-        raise UsageError(f"there is no folder {str(name)!r}; give a model's folder, a name on the hub, or almanac")
-    wanted = torch.float32 if built_in and dtype is None else dtype or "auto"
-    bars = transformers_logging.is_progress_bar_enabled()
-    if built_in:
-        transformers_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ErrataError(f"the model {str(name)!r} can't be loaded: {_first_sentence(error)}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    target = device or ("cuda" if torch.cuda.is_available() else None)
-    if target is not None:
-        model.to(target)  # pyright: ignore[reportArgumentType] - transformers' own annotation
-    return LM(model.eval(), tokenizer, name=str(name))
-
-
-def _looks_like_a_path(name: str | Path) -> bool:
-    return isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _in_attention(name: str) -> bool:
-    return "attn" in name or "attention" in name
-
-
-def _first_sentence(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

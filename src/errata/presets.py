@@ -16,9 +16,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from . import store
+from . import loading, store
 from .errors import ErrataError, UsageError, unknown
-from .lm import ALMANAC, LM
+from .lm import LM
 
 
 @cache
@@ -124,11 +124,11 @@ def _matches(config: Any, shape: dict[str, Any]) -> bool:
 
 
 def _config(name: str) -> Any:
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(ALMANAC if name == "almanac" else name).get_text_config()
-    except OSError as error:
+        return loading.config(name).get_text_config()
+    except ErrataError as error:
+        if Path(name).exists():
+            raise
         raise unknown("preset or model", name, _tables()["models"]) from error
 
 

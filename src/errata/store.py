@@ -119,15 +119,17 @@ def unseal(
         raise ErrataError(f"{str(path)!r} is damaged: {error}; get a whole copy") from error
 
 
-class Store:
-    """Tensors on disk under a digest of what they were computed from.
+def kept() -> Path:
+    """The folder of what is kept between sessions: `$ERRATA_STORE`, or `errata` in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("ERRATA_STORE") or cache / "errata")
 
-    The folder is `$ERRATA_STORE`, or `errata` in the user's cache folder.
-    """
+
+class Store:
+    """Tensors on disk under a digest of what they were computed from."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.folder = Path(folder or os.environ.get("ERRATA_STORE") or cache / "errata")
+        self.folder = Path(folder or kept())
 
     def load(self, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """What is kept under `key`; None if nothing is, or it is damaged."""

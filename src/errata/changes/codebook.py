@@ -70,7 +70,7 @@ class Codebook(Change, kind="codebook"):
 
     @classmethod
     def attach_rows(cls, site: Site, rows: Sequence[Change | None]) -> Undo:
-        device = site.module.get_parameter("weight").device
+        device = site.device
         books = [row if isinstance(row, Codebook) else None for row in rows]
         found = [b.live if b else torch.empty(0, dtype=torch.long) for b in books]
         keys = [b.keys[i] if b else torch.empty(0, site.shape[1]) for b, i in zip(books, found, strict=True)]

@@ -126,7 +126,7 @@ class Blocks(Gated, kind="blocks"):
 
     @classmethod
     def working(cls, site: Site, rows: Sequence[Change | None]) -> tuple[Route, Add, Tensor]:
-        device = site.module.get_parameter("weight").device
+        device = site.device
         none = torch.empty(0, site.shape[1])
         index = Index(
             [row.centres[row.live].to(device) if isinstance(row, Blocks) else none.to(device) for row in rows]
@@ -264,7 +264,7 @@ class SideMemories(Gated, kind="side-memories"):
 
     @classmethod
     def working(cls, site: Site, rows: Sequence[Change | None]) -> tuple[Route, Add, Tensor]:
-        device = site.module.get_parameter("weight").device
+        device = site.device
         some = [row for row in rows if isinstance(row, SideMemories)]
         deltas, thresholds = (
             torch.cat([getattr(row, name) for row in some]).to(device) for name in ("deltas", "thresholds")

@@ -71,7 +71,9 @@ class Dense(Change, kind="dense"):
 
     def attach(self, site: Site) -> Undo:
         if not site.writable:
-            raise ErrataError(f"{site.name} is quantised; only low-rank changes can be put beside it")
+            raise ErrataError(
+                f"{site.name} keeps its weight in a form of its own; only low-rank changes can be put beside it"
+            )
         return _add(site, lambda weight: self.delta.to(weight.device))
 
     def fits(self, site: Site) -> bool:
@@ -98,9 +100,8 @@ def attach_rows(site: Site, rows: Sequence[LowRank | None]) -> Undo:
 
     So n differently edited models answer in one pass. A single change is used for every row.
     """
-    weight = site.module.get_parameter("weight")
     rank = max((len(c.owners) for c in rows if c), default=0)
-    left, right = (torch.zeros(len(rows), *shape, device=weight.device) for shape in _factors(site.shape, rank))
+    left, right = (torch.zeros(len(rows), *shape, device=site.device) for shape in _factors(site.shape, rank))
     for i, change in enumerate(rows):
         if change:
             left[i, :, : len(change.owners)] = change.left

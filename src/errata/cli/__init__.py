@@ -20,6 +20,7 @@ from .export import export
 from .history import diff, log, merge, revert
 from .look import anatomy, methods
 from .measure import bench
+from .models import models
 from .stats import stats
 from .trace import trace
 from .train import train
@@ -78,6 +79,7 @@ for command, examples in {
         "errata train mend --model ./my-model --data train.json --set at=29,30,31 --out mend.safetensors",
     ],
     methods: ["errata methods", "errata methods rome"],
+    models: ["errata models", "errata models smollm2-135m"],
     anatomy: ["errata anatomy almanac", "errata anatomy openai-community/gpt2"],
 }.items():
     app.command(epilog="\n\n".join(["Example:", *(f"  {example}" for example in examples)]))(command)

@@ -131,15 +131,14 @@ def _site(site: Site | None) -> dict[str, Any] | None:
 
 def _open_questions(lm: LM) -> dict[str, Any]:
     """Where the rule by which an MLP's write matrix is found fails: why, and what there is to choose from."""
-    from torch import nn
+    from ..anatomy import linears
 
     try:
         for i in range(len(lm.blocks)):
             lm.mlp_out(i)
     except ErrataError as error:
-        block = lm.module(lm.blocks[0])
-        linear = [f"{n} ({type(m).__name__})" for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-        return {"problem": str(error), "linear": linear}
+        found = linears(lm.module(lm.blocks[0]))
+        return {"problem": str(error), "linear": [f"{n} ({type(m).__name__})" for n, m in found.items()]}
     return {}
 
 

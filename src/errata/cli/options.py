@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-MODEL = "almanac (built in), a model's folder, or a name on the hub."
+MODEL = "almanac (built in), one of `errata models`, a model's folder, a GGUF file, or a name on the hub."
 
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL)]
 Dtype = Annotated[

@@ -70,7 +70,7 @@ def load(model: str, dtype: str | None, device: str | None) -> LM:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from ..lm import load
+    from ..loading import load, located
 
     try:
         known = torch.device(device).type if device else "cpu"
@@ -78,7 +78,7 @@ def load(model: str, dtype: str | None, device: str | None) -> LM:
         raise UsageError(f"there is no device {device!r}; give cpu, cuda or cuda:N") from None
     if known == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"there is no {device!r} here: PyTorch sees no GPU; leave --device out, or give cpu")
-    here = model == "almanac" or Path(model).is_dir()
+    here = isinstance(located(model), Path)
     if here or not err.is_terminal:  # downloads show bars of their own
         transformers_logging.disable_progress_bar()
     with working(f"loading {model}") if here else nullcontext():

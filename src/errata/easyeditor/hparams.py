@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from ..errors import UsageError
-from ..lm import LM, load
+from ..lm import LM
+from ..loading import load
 from ..method import Method, method
 from .keys import Fields, Keys, Unused, fields, flat, meaning, number
 

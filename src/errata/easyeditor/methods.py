@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from ..errors import ErrataError
-from ..lm import ALMANAC, LM
+from ..lm import LM
+from ..loading import load
 from .hparams import HyperParams
 from .keys import Choice, Fields, Unused, Values, beside, maybe, module, modules, one, only
 
@@ -159,13 +160,10 @@ class QLoRAHyperParams(LoRAHyperParams):
         """The model that the file names, quantised as it says."""
         if not isinstance(self.model_name, str):
             return super().loaded()
-        place = ALMANAC if self.model_name == "almanac" else self.model_name
         try:
-            model = AutoModelForCausalLM.from_pretrained(place, quantization_config=self._quantised())
-            return LM(model.eval(), AutoTokenizer.from_pretrained(place), name=self.model_name)
-        except (ImportError, OSError, ValueError) as error:
-            what = f"{self.model_name!r} can't be loaded quantised, which needs bitsandbytes"
-            raise ErrataError(f"{what}: {str(error).strip().splitlines()[0]}") from error
+            return load(self.model_name, quantization_config=self._quantised())
+        except ErrataError as error:
+            raise ErrataError(f"{error}; to load it quantised takes bitsandbytes") from error
 
     def _quantised(self) -> BitsAndBytesConfig:
         values = vars(self)
