@@ -76,7 +76,7 @@ class Site:
 
 
 @torch.no_grad()
-def _is_product(module: nn.Module) -> bool:
+def _is_product(module: Any) -> bool:
     """Whether a module puts out its input times its weight, by what it makes of three unit vectors."""
     how = vars(module).get("forward")
     if module in _products and _products[module][0] is how:

@@ -105,7 +105,7 @@ def _model(place: str | Path, trust_remote_code: bool, **given: Any) -> Any:
     kind = type(AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code))
     only_with_images = kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     only_with_images &= kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto = AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
+    auto: Any = AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
     told_by_name = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, told = auto.from_pretrained(place, trust_remote_code=trust_remote_code, **told_by_name, **given)
     for what, why in (

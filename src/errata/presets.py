@@ -124,10 +124,11 @@ def _matches(config: Any, shape: dict[str, Any]) -> bool:
 
 
 def _config(name: str) -> Any:
+    here = isinstance(loading.located(name), Path)
     try:
         return loading.config(name).get_text_config()
     except ErrataError as error:
-        if Path(name).exists():
+        if here:
             raise
         raise unknown("preset or model", name, _tables()["models"]) from error
 
