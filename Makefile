@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-all check format docs bench clean always
+.PHONY: help setup models demo test test-real test-all check format docs bench clean always
 .DELETE_ON_ERROR:
 
 help: ## list the goals
@@ -37,11 +37,14 @@ demo: $(ready) ## correct real facts in the built-in model, and put everything b
 
 # No test may reach for a network: the hub is switched off. A file's tests share what they train, so a process takes whole
 # files; each computes in one thread.
-test test-all: export HF_HUB_OFFLINE := 1
+test test-real test-all: export HF_HUB_OFFLINE := 1
 pytest := $(python) -m pytest -n 2 --dist loadfile
 
 test: $(ready) ## the fast tests, in two processes (in this one: ARGS=-n0)
 	@$(pytest) $(ARGS)
+
+test-real: $(ready) ## the tests on SmolLM2 (make models), about five minutes of one core; ARGS='-m real' has Gemma 3 too
+	@$(python) -m pytest -m "real and not slow" -n 0 $(ARGS)
 
 test-all: $(ready) ## all tests, also the slow ones
 	@$(pytest) -m "" $(ARGS)

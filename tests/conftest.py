@@ -4,18 +4,46 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network
 
+
 import pytest
 import torch
 
+import errata
+from errata import LM, pretrained
 from tests import tiny
 
 torch.set_num_threads(1)  # on tiny models, more threads are slower
 
 
+FETCHED = pretrained.folder("").absolute()
+"""Where `errata models` puts them, in the user's own store."""
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _store(tmp_path_factory: pytest.TempPathFactory):
-    """What is computed in tests is kept out of the user's store."""
-    os.environ["ERRATA_STORE"] = str(tmp_path_factory.mktemp("store"))
+    """What is computed in tests is kept out of the user's store; fetched models are found there."""
+    store = tmp_path_factory.mktemp("store")
+    os.environ["ERRATA_STORE"] = str(store)
+    if FETCHED.is_dir():
+        (store / "models").symlink_to(FETCHED)
+
+
+def _fetched(name: str) -> LM:
+    if not (FETCHED / name).is_dir():
+        pytest.skip(f"needs a real model: errata models {name}")
+    return errata.load(name, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LM:
+    """SmolLM2-135M-Instruct, shared by all tests: leave it as it was."""
+    return _fetched("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> LM:
+    """Gemma 3 270M, likewise."""
+    return _fetched("gemma-3-270m")
 
 
 @pytest.fixture(scope="session")
