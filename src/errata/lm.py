@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.pytorch_utils import Conv1D
 
-from . import anatomy, tokens
+from . import admission, anatomy, tokens
 from .errors import ErrataError, UsageError
 
 ALMANAC = Path(__file__).parent / "almanac"
@@ -135,7 +135,9 @@ class LM:
     """What applied patches put between a prompt and the model, in the order they were applied."""
 
     def __post_init__(self) -> None:
-        self.name = self.name or getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
+        config = getattr(self.model, "config", None)
+        self.name = self.name or getattr(config, "_name_or_path", "") or type(self.model).__name__
+        admission.admit(self.model, self.name)
 
     def __repr__(self) -> str:
         patches = f", {self.patched} patches applied" if self.patched else ""
@@ -170,6 +172,7 @@ class LM:
     def fingerprint(self) -> str:
         """A digest of names, shapes and 256 entries of every parameter, to the eight bits that bfloat16 keeps: equal
         for a checkpoint in whichever dtype it is loaded. Taken once, from the unedited model."""
+        admission.whole(self.model, self.name)
         digest = hashlib.sha256()
         for name, p in self.model.named_parameters():
             flat = p.detach().reshape(-1)
@@ -324,6 +327,7 @@ class LM:
             cols: (m,).
             inputs: what the model is called with: `**tokens.inputs`, and a cache if there is one.
         """
+        admission.eager(self.model, self.name)
         seen = []
 
         def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 import torch
 import transformers
 
-from . import __version__, presets
+from . import __version__, admission, presets
 from .edit import Edit
 from .errors import ErrataError, UsageError, unknown
 from .lm import LM
@@ -146,6 +146,7 @@ class Method(ABC):
     def _at_work(self, lm: LM) -> Iterator[None]:
         if lm.patched:
             raise UsageError("the model has a patch applied; leave it, and give the patch to `edit` as `prior`")
+        admission.eager(lm.model, lm.name)
         gpus = [lm.device] if lm.device.type == "cuda" else []
         with lm.frozen(), torch.random.fork_rng(devices=gpus):  # the caller's random state stays as it is
             self.prepare(lm)

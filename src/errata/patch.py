@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from . import store
+from . import admission, store
 from .changes import Change, LowRank, Undo, joined, kind_of
 from .edit import Edit
 from .errors import ErrataError, UsageError
@@ -213,6 +213,7 @@ def added(patches: Sequence[Patch]) -> Patch:
 
 @contextmanager
 def _attached(lm: LM, parts: Sequence[Callable[[], Undo]]) -> Iterator[None]:
+    admission.eager(lm.model, lm.name)
     lm.fingerprint  # noqa: B018 - taken now, while the weights are the base's
     undo = ExitStack()
     try:

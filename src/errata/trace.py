@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import admission
 from .errors import ErrataError
 from .lm import LM
 from .tokens import Tokens
@@ -91,6 +92,7 @@ def watch(
 ) -> None:
     """Run the model until each of the modules has run once, or one of `before` is about to; `see(name, input, output)`
     is called after each."""
+    admission.eager(lm.model, lm.name)
     waiting = set(names)
 
     def enough(*_: Any) -> None:
@@ -128,6 +130,11 @@ def read(lm: LM, names: Sequence[str], batch: Tokens, rows: Tensor, cols: Tensor
         seen[name] = into[rows, cols].clone(), out[rows, cols].clone()
 
     watch(lm, names, batch.inputs, see)
+    if left := [name for name in names if name not in seen]:
+        raise ErrataError(
+            f"{lm.name} runs without calling {left[0]}: a fused kernel, or something else, computes "
+            "in its stead, where errata can't see it; load the model without that"
+        )
     return seen
 
 

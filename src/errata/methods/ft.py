@@ -19,6 +19,7 @@ from ..edit import Edit
 from ..errors import over
 from ..lm import LM
 from ..method import Method
+from ..parts.descend import pull
 from ..patch import Patch
 from ..tokens import Tokens, passage
 from ..trace import beside
@@ -59,7 +60,7 @@ class FT(Method, name="ft"):
                 if loss < self.stop:
                     break
                 optimiser.zero_grad()
-                loss.backward()
+                pull(lm, loss, deltas)
                 optimiser.step()
                 if self.bound is not None:
                     for delta in deltas:

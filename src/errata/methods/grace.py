@@ -15,6 +15,7 @@ from ..edit import Edit
 from ..errors import over
 from ..lm import LM, Site
 from ..method import Method
+from ..parts.descend import pull
 from ..patch import Patch
 from ..replay import passes
 from ..tokens import Tokens, passage
@@ -87,6 +88,6 @@ class GRACE(Method, name="grace"):
             nll = -said.gather(1, tokens.wanted[:, None])[:, 0]
             loss = (nll / tokens.target.sum(1)[tokens.reads[0]]).sum()
             optimiser.zero_grad()
-            loss.backward()
+            pull(lm, loss, [values])
             optimiser.step()
         return values.detach()

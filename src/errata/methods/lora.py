@@ -22,6 +22,7 @@ from ..edit import Edit
 from ..errors import ErrataError, UsageError
 from ..lm import LM
 from ..method import Method
+from ..parts.descend import pull
 from ..patch import Patch
 from ..tokens import Tokens, passage
 
@@ -82,7 +83,7 @@ class LoRA(Method, name="lora"):
             if loss < self.stop and self.kind == "lora":
                 break
             optimiser.zero_grad()
-            (loss + self._irregularity(tuner)).backward()
+            pull(lm, loss + self._irregularity(tuner), weights)
             optimiser.step()
             if self.kind == "adalora":
                 tuner.update_and_allocate(step + 1)

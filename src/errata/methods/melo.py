@@ -25,6 +25,7 @@ from ..changes import Blocks
 from ..edit import Edit
 from ..lm import LM, Site
 from ..method import Method
+from ..parts.descend import pull
 from ..patch import Patch
 from ..replay import in_pass, passes
 from ..tokens import Tokens, passage
@@ -102,7 +103,7 @@ class MELO(Method, name="melo"):
                 said = log_softmax(again.logits(*tokens.reads), -1)
             loss = -(said.gather(1, tokens.wanted[:, None])[:, 0] / sizes).sum()
             optimiser.zero_grad()
-            loss.backward()
+            pull(lm, loss, [t for pair in factors for t in pair])
             optimiser.step()
             halving.step()
 

@@ -30,6 +30,7 @@ from ..edit import Edit
 from ..lm import LM, Site
 from ..method import Method
 from ..parts import contexts, moments
+from ..parts.descend import pull
 from ..patch import Patch
 from ..replay import in_pass, passes
 from ..tokens import Passage, Tokens, passage
@@ -187,7 +188,7 @@ class WISE(Method, name="wise"):
             if not active.any():
                 break
             optimiser.zero_grad()
-            loss[active].sum().backward()
+            pull(work.lm, torch.where(active, loss, 0.0), [deltas])
             assert deltas.grad is not None
             deltas.grad *= mask
             kept = deltas.detach().clone()
@@ -262,7 +263,7 @@ class _Writing:
     """Groups of edits that are written into a delta each."""
 
     def __init__(self, how: WISE, lm: LM, site: Site, tokens: Tokens, group: Tensor, apart: Tensor) -> None:
-        self.how, self.site, self.tokens, self.group = how, site, tokens, group
+        self.how, self.lm, self.site, self.tokens, self.group = how, lm, site, tokens, group
         self.apart = apart
         """What is out of scope, (groups, others, d_in)."""
         rows = tokens.reads[0]

@@ -23,6 +23,7 @@ from ..lm import LM
 from ..replay import Passes, passes
 from ..tokens import Passage, Tokens, passage
 from ..trace import rewrite
+from .descend import pull
 
 log = logging.getLogger(__name__)
 
@@ -154,11 +155,11 @@ class _Descent:
             total = lead * loss.nll + loss.kl + loss.decay
             done, lead = self.how.judge(total.detach(), loss)
             log.debug("step %d: loss %s", step, total[active].tolist())
-            losses, active = total[active], active[~done[active]]
+            active = active[~done[active]]
             if step == self.how.steps - 1 or not len(active):
                 break
             optimiser.zero_grad()
-            losses.sum().backward()
+            pull(self.lm, torch.zeros_like(total).index_copy(0, active, total[active]), self.deltas)
             kept = [d.detach().clone() for d in self.deltas]
             optimiser.step()
             with torch.no_grad():
