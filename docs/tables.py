@@ -151,7 +151,7 @@ BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 
 
 def _mean(found: dict[str, Any]) -> str:
-    return "–" if found["mean"] is None else f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    return "–" if found["mean"] is None else f"{found['mean']:.3f} ({words.spread(found)})"
 
 
 def _means(found: dict[str, Any] | None) -> str:

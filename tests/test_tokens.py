@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,10 @@ import torch
 import transformers as T
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from errata import Edit, ErrataError, UsageError
-from errata.tokens import Passage, Tokens, encode, follow, pad_left, passage, prefix
+from errata.tokens import Passage, Template, Tokens, encode, follow, pad_left, passage, prefix
 from tests import tiny
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers"
@@ -51,7 +54,9 @@ known = st.sampled_from(sorted({w.strip(".") for text in tiny.corpus() for w in 
 any_word = st.text(st.characters(categories=["L", "N"], max_codepoint=0x24F), min_size=1, max_size=8)
 phrase = st.lists(known | any_word, min_size=1, max_size=3).map(" ".join)
 edits = st.builds(
-    lambda before, subject, after, target: Edit(f"{before}{{}}{after}", subject, target),
+    lambda before, subject, after, target: Edit.read(
+        {"prompt": f"{before}{{}}{after}", "subject": subject, "target": target}  # "It is known. It is" is one, too
+    ),
     st.sampled_from(["", "The capital of ", "It is known. ", "'", "("]),
     phrase,
     st.sampled_from([" is", "'s capital is", ", whose capital is", "", " (in", ":"]),
@@ -146,12 +151,126 @@ def test_prompt_and_answer_are_joined_by_one_space(prompt: str, answer: str, gap
 @given(edit=edits, context=contexts)
 def test_no_text_has_double_spaces(edit: Edit, context: str):
     """Pitfall 10."""
-    spaced = Edit(f"  {edit.prompt}  ", f" {edit.subject} ", f"  {edit.target}")
+    values = {"prompt": f"  {edit.prompt}  ", "subject": f" {edit.subject} ", "target": f"  {edit.target}"}
+    spaced = Edit.read(values)
     assert "  " not in passage(spaced, context, spaced.target).text
 
 
-def test_after_a_line_break_there_is_no_space():
-    assert follow("Prompt:\n", "Lima").text == "Prompt:\nLima"
+@pytest.mark.parametrize(
+    ("prompt", "answer", "joined"),
+    [
+        ("Prompt:\n", "Lima", "Prompt:\nLima"),
+        ('{"country": "', "France", '{"country": "France'),
+        ("The price is $", "5", "The price is $5"),
+        ("<|user|>Where?<|assistant|>", "Paris", "<|user|>Where?<|assistant|>Paris"),
+        ("法国的首都是", "巴黎", "法国的首都是巴黎"),
+        ("He said:", "no", "He said: no"),
+    ],
+)
+def test_between_prompt_and_answer_stands_what_the_text_asks_for(prompt: str, answer: str, joined: str):
+    assert follow(prompt, answer).text == joined
+
+
+@pytest.mark.parametrize("gap", ["", " ", "\n", "  "])
+def test_the_gap_of_an_edit_decides_when_it_is_given(gap: str):
+    edit = Edit("The capital of {} is", "Peru", "Lima", gap=gap)
+    joined = passage(edit, "Yes. {}", edit.target)
+    assert joined.text == f"Yes. The capital of Peru is{gap}Lima"
+    assert joined.text[joined.target :] == f"{gap}Lima"
+
+
+MERGING = models.BPE({"是": 0, "巴": 1, "黎": 2, "是巴": 3, "\n": 4, ":": 5}, [("是", "巴")])
+
+
+def test_where_a_token_spans_the_boundary_the_model_goes_on_from_the_prompts_own_tokens():
+    """Without a space, `是` and `巴` are one token together; a model that was asked has read `是` alone."""
+    made = Tokenizer(MERGING)
+    made.decoder = decoders.Fuse()
+    built = T.PreTrainedTokenizerFast(tokenizer_object=made)
+    assert built("是巴黎")["input_ids"] == [3, 2]
+    batch = encode(built, [follow("是", "巴黎"), follow("是", "黎")])
+    assert [row(batch, 0), row(batch, 1)] == [[0, 1, 2], [0, 2]]
+    assert [t.nonzero()[:, 0].tolist() for t in batch.target] == [[1, 2], [1]]
+
+
+def test_sentencepieces_extra_piece_is_left_out_where_the_target_follows_without_a_space():
+    """Alone, Llama 2 writes `▁Paris`."""
+    llama2 = real_llama2()
+    batch = encode(llama2, [follow("(", "Paris")])
+    assert llama2.convert_ids_to_tokens(batch.wanted.tolist()) == ["Par", "is"]
+
+
+# Chat
+
+CHAT = (
+    "{{ bos_token }}[system]Be kind.{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'user' %}|"
+    "{% else %} {% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def chatting(built: Any, template: str = CHAT) -> Any:
+    built = copy.deepcopy(built)
+    built.chat_template = template
+    return built
+
+
+def test_the_question_is_a_users_turn_and_the_context_stands_inside_it(tokenizer: Any):
+    built = chatting(tokenizer)
+    edit = Edit("The capital of {} is", "Peru", "Lima", chat=True)
+    batch = encode(built, [passage(edit, "Yes. {}", edit.target), passage(edit)])
+    turn = {"role": "user", "content": "Yes. The capital of Peru is"}
+    read = built.apply_chat_template([turn], add_generation_prompt=True, return_dict=False)
+    assert row(batch)[: len(read)] == list(read)
+    assert batch.target[0].nonzero()[:, 0].tolist() == list(range(len(read), len(row(batch))))
+    assert "".join(built.decode(batch.wanted).split()) == "Lima"
+    assert built.decode(row(batch)[: int(batch.subject[0]) + 1]).rstrip().endswith("Peru")
+
+
+def test_a_template_that_writes_bos_gives_one_and_one_that_does_not_gives_none():
+    built = tiny.unigram()
+    question = Passage("Lima is", chat=True)
+    bare = CHAT.removeprefix("{{ bos_token }}")
+    starts = [row(encode(chatting(built, t), [question])).count(built.bos_token_id) for t in (CHAT, bare)]
+    assert starts == [1, 0]  # as apply_chat_template has it
+    plain = encode(built, [Passage("<s>Lima is"), Passage("Lima is")])
+    assert row(plain, 0) == row(plain, 1)
+    assert [r.count(built.bos_token_id) for r in (row(plain, 0), row(plain, 1))] == [1, 1]
+    left = pad_left(built, ["<s>Lima is"])["input_ids"][0].tolist()
+    assert left == row(plain, 0)
+
+
+@pytest.mark.parametrize(
+    ("reply", "gap"),
+    [("[assistant]{{ m.content }}", ""), ("[assistant] {{ m.content }}", " "), ("{{ m.content }}", "")],
+)
+def test_the_template_says_what_stands_before_the_reply(reply: str, gap: str):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[user]{{ m.content }}{% else %}" + reply + "{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    built = chatting(tiny.bpe(), template)
+    assert Template.of(built) == Template("[user]", "[assistant]", gap)
+    edit = Edit("Where is {}?", "Peru", "Lima", chat=True)
+    assert (
+        built.decode(row(encode(built, [passage(edit, answer="Lima")]))) == f"[user]Where is Peru?[assistant]{gap}Lima"
+    )
+    edit = replace(edit, gap="\n")
+    assert built.decode(row(encode(built, [passage(edit, answer="Lima")]))) == "[user]Where is Peru?[assistant]\nLima"
+
+
+def test_a_chat_without_a_template_is_refused_and_so_is_what_the_template_refuses():
+    with pytest.raises(UsageError, match="no chat template; leave chat out"):
+        encode(tiny.bpe(), [Passage("a", chat=True)])
+    for template, why in (("{{ raise_exception('no users') }}", "no users"), ("hello", "does not quote a user's turn")):
+        with pytest.raises(ErrataError, match=why):
+            encode(chatting(tiny.bpe(), template), [Passage("a", chat=True)])
+
+
+def test_plain_and_chat_go_in_one_batch(tokenizer: Any):
+    built = chatting(tokenizer)
+    plain, chat = Passage("Peru is"), Passage("Peru is", chat=True)
+    together = encode(built, [plain, chat])
+    assert [row(together, 0), row(together, 1)] == [row(encode(built, [p])) for p in (plain, chat)]
 
 
 def test_reads_are_the_positions_that_predict_the_target(tokenizer: Any):
@@ -185,6 +304,28 @@ def test_a_target_that_does_not_come_back_is_refused(target: str):
     for built in (tiny.unigram(), tiny.wordpiece()):
         with pytest.raises(UsageError, match=f"writes the target {target!r} as .*; choose a target"):
             encode(built, [follow("The capital is", target)])
+
+
+def normalised(normaliser: Any) -> Any:
+    built = copy.deepcopy(tiny.bpe())
+    built.backend_tokenizer.normalizer = normaliser
+    return built
+
+
+@pytest.mark.parametrize(
+    ("normaliser", "target"),
+    [
+        (normalizers.NFC(), unicodedata.normalize("NFD", "São Tomé")),
+        (normalizers.NFD(), unicodedata.normalize("NFC", "São Tomé")),
+        (normalizers.Lowercase(), "Paris"),
+        (normalizers.BertNormalizer(lowercase=True), "São Tomé"),
+    ],
+    ids=["NFC", "NFD", "uncased", "uncased without accents"],
+)
+def test_a_target_is_written_as_the_tokenizer_writes_all_text(normaliser: Any, target: str):
+    built = normalised(normaliser)
+    batch = encode(built, [follow("It is", target)])
+    assert built.decode(batch.wanted).strip() == normaliser.normalize_str(target)
 
 
 def test_a_normaliser_that_rewrites_the_target_is_noticed():

@@ -30,7 +30,7 @@ from . import store
 from .edit import Edit
 from .errors import ErrataError, UsageError, unknown
 from .lm import LM
-from .tokens import Tokens, passage, prefix
+from .tokens import Tokens, passage, subject_tokens
 from .trace import read, rewrite
 
 log = logging.getLogger(__name__)
@@ -383,9 +383,7 @@ def _question(lm: LM, edit: Edit, answer: str | None) -> _Question:
 
 def _first(lm: LM, edit: Edit) -> int:
     """The index of the subject's first token."""
-    start = edit.prompt.index("{}")
-    spans = lm.tokenizer(edit.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return len(prefix(lm.tokenizer)) + next(i for i, (_, end) in enumerate(spans) if end > start)
+    return subject_tokens(lm.tokenizer, passage(edit))[0]
 
 
 def _says(lm: LM, edits: Sequence[Edit]) -> Iterable[tuple[Edit, bool]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from . import store
+from .ask import reply, says
 from .changes import Change, Dense, LowRank
 from .errors import ErrataError, UsageError
 from .lm import LM, Site
@@ -299,27 +300,15 @@ def _whole(folder: str | Path) -> Iterator[Path]:
 
 def _asked(lm: LM, patch: Patch) -> tuple[dict[str, Any], ...]:
     """Every edit asked by itself of the model without and with the patch."""
-    from .bench.answer import ask
-    from .data import Probe
-
-    probes = [Probe("efficacy", e.text, e.target) for e in patch.edits]
-    before = ask(lm, probes)
-    with patch.applied(lm):
-        after = ask(lm, probes)
+    before, after = reply(lm, patch.edits), reply(lm, patch.edits, patch)
     return tuple(
-        {"edit": e.to_dict(), "before": b.text, "after": a.text, "p_before": _p(b.answer), "p_after": _p(a.answer)}
+        {"edit": e.to_dict(), "before": b.says, "after": a.says, "p_before": b.p_target, "p_after": a.p_target}
         for e, b, a in zip(patch.edits, before, after, strict=True)
     )
 
 
-def _p(spoken: Any) -> float | None:
-    return None if spoken is None else float(torch.tensor(spoken.logprob * len(spoken.ids)).exp())
-
-
 def card(patch: Patch, lm: LM, out: Exported, report: Report | None = None) -> str:
     """The model card: what was corrected, by what, how it was judged, and what moved."""
-    from .bench.metrics import says
-
     base = patch.about.get("base", {"name": lm.name, "fingerprint": lm.fingerprint})
     took = sum(bool(says(row["after"] or "", [row["edit"]["target"]])) for row in out.asked)
     head = {
@@ -381,7 +370,7 @@ def _judged(report: Report | None) -> list[str]:
     if report is None:
         return []
     rows = [
-        (metric, protocol, f"{v['mean']:.3f}", f"{v['low']:.3f} to {v['high']:.3f}", v["n"])
+        (metric, protocol, f"{v['mean']:.3f}", _spread(v), v["n"])
         for metric, protocols in report.summary.items()
         for protocol, v in protocols.items()
         if v["mean"] is not None
@@ -389,6 +378,10 @@ def _judged(report: Report | None) -> list[str]:
     a = report.about
     title = f"Benchmark: {a['method']}, {a['regime']}, evaluated {a['evaluated']}, {a['n']} cases, seed {a['seed']}."
     return [title, "", _table(("metric", "protocol", "mean", "95% interval", "cases"), rows)]
+
+
+def _spread(found: Mapping[str, Any]) -> str:
+    return "too few cases" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

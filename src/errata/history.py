@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import store
+from .ask import reply
 from .changes import Codebook, Dense, LowRank
 from .edit import Edit
 from .errors import ErrataError, UsageError
@@ -395,28 +395,12 @@ def effect(lm: LM, before: Patch, after: Patch) -> list[dict[str, Any]]:
         For each edit: its fields, whether it is in `after` (`stays`), and `before` and `after`: what the model `says`,
         whether that is the target (`says_target`), and the target's probability (`p_target`).
     """
-    from .bench.answer import ask
-    from .bench.metrics import says
-    from .data import Probe
-
     edits = list(dict.fromkeys([*before.edits, *after.edits]))
-    probes = [Probe("efficacy", e.text, e.target) for e in edits]
-    states = []
-    for patch in (before, after):
-        with patch.applied(lm):
-            states.append(ask(lm, probes))
-    out = []
-    for edit, *answers in zip(edits, *states, strict=True):
-        then, now = (
-            {
-                "says": a.text,
-                "says_target": bool(says(a.text or "", [edit.target])),
-                "p_target": None if a.answer is None else math.exp(a.answer.logprob * len(a.answer.ids)),
-            }
-            for a in answers
-        )
-        out.append({**edit.to_dict(), "stays": edit in after.edits, "before": then, "after": now})
-    return out
+    states = [reply(lm, edits, patch) for patch in (before, after)]
+    return [
+        {**e.to_dict(), "stays": e in after.edits, "before": then.to_dict(), "after": now.to_dict()}
+        for e, then, now in zip(edits, *states, strict=True)
+    ]
 
 
 # Files

@@ -286,7 +286,10 @@ class LM:
             room: tokens that text put before them leaves free for an answer, at least.
         """
         read = self._read([p.text[: p.target] for p in passages], room)
-        whole = [tokens.within(p, *around) for p, (around, _) in zip(passages, read, strict=True)]
+        whole = [
+            tokens.within(replace(p, chat=p.chat and not who), *around)  # who answers in its stead has its own form
+            for p, (around, who) in zip(passages, read, strict=True)
+        ]
         batch = tokens.encode(self.tokenizer, whole, limit=self.context, device=self.device)
         return replace(batch, answerer=torch.tensor([who for _, who in read], device=self.device))
 
@@ -343,15 +346,27 @@ class LM:
 
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: str, max_new_tokens: int = 20, until: Callable[[str], bool] | None = None
+        self,
+        prompt: str,
+        max_new_tokens: int = 20,
+        until: Callable[[str], bool] | None = None,
+        chat: bool = False,
     ) -> str: ...
     @overload
     def generate(
-        self, prompt: Sequence[str], max_new_tokens: int = 20, until: Callable[[str], bool] | None = None
+        self,
+        prompt: Sequence[str],
+        max_new_tokens: int = 20,
+        until: Callable[[str], bool] | None = None,
+        chat: bool = False,
     ) -> list[str]: ...
 
     def generate(
-        self, prompt: str | Sequence[str], max_new_tokens: int = 20, until: Callable[[str], bool] | None = None
+        self,
+        prompt: str | Sequence[str],
+        max_new_tokens: int = 20,
+        until: Callable[[str], bool] | None = None,
+        chat: bool = False,
     ) -> str | list[str]:
         """The greedy continuation of a prompt, or of each of several.
 
@@ -359,6 +374,8 @@ class LM:
             prompt: one or several; several share their passes, and go on until the last of them ends.
             max_new_tokens: at most; a model's own end comes before.
             until: told a continuation so far, says whether it has gone far enough.
+            chat: whether each prompt is a user's turn, by the tokenizer's chat template, and what is generated the
+                reply. A conversation of several turns is a matter for `chat`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -368,13 +385,33 @@ class LM:
         for who in dict.fromkeys(who for _, who in read):
             rows = [i for i, (_, other) in enumerate(read) if other == who]
             asked = [prompts[i].join(read[i][0]) for i in rows]
-            said = self.answering(who)._generated(asked, max_new_tokens, until)
+            put = chat and not who
+            asked = tokens.in_chat(self.tokenizer, asked) if put else asked
+            said = self.answering(who)._generated(asked, max_new_tokens, until, put)
             for i, text in zip(rows, said, strict=True):
                 texts[i] = text
         return texts[0] if isinstance(prompt, str) else texts
 
-    def _generated(self, prompts: list[str], max_new_tokens: int, until: Callable[[str], bool] | None) -> list[str]:
-        inputs = tokens.pad_left(self.tokenizer, prompts, self.device)
+    def chat(self, messages: Sequence[Mapping[str, str]], max_new_tokens: int = 200) -> str:
+        """The greedy reply to a conversation, by the tokenizer's chat template.
+
+        Args:
+            messages: turns with `role` and `content`, as chat templates take them; the last one is a user's.
+            max_new_tokens: at most; the model's own end comes before.
+        """
+        *before, last = messages
+        ((around, who),) = self._read([last["content"]], max_new_tokens)
+        asked = last["content"].join(around)
+        if who:
+            return self.answering(who)._generated([asked], max_new_tokens, None)[0]
+        whole = tokens.conversation(self.tokenizer, [*before, {**last, "content": asked}])
+        return self._generated([whole], max_new_tokens, None, put=True)[0]
+
+    def _generated(
+        self, prompts: list[str], max_new_tokens: int, until: Callable[[str], bool] | None, put: bool = False
+    ) -> list[str]:
+        """The continuation of each text; `put`: of those that a chat template wrote."""
+        inputs = tokens.pad_left(self.tokenizer, prompts, self.device, chat=put)
         length = inputs["input_ids"].shape[1]
         self.fit(length, max_new_tokens)
         with self.frozen(), torch.no_grad():

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from . import __version__, admission, presets
-from .edit import Edit
+from .edit import Edit, agree
 from .errors import ErrataError, UsageError, unknown
 from .lm import LM
 from .methods import FILES
@@ -95,20 +95,26 @@ class Method(ABC):
         """The method's name, then those of the methods it is derived from."""
         return tuple(c.name for c in cls.__mro__ if issubclass(c, Method) and "name" in vars(c))
 
-    def edit(self, lm: LM, edits: Sequence[Edit], prior: Patch | None = None) -> Patch:
+    def edit(self, lm: LM, edits: Sequence[Edit], prior: Patch | None = None, *, anyway: bool = False) -> Patch:
         """Add edits to what `prior` already changed. The model is left exactly as it was.
 
         Args:
             lm: the unedited model.
             edits: for a method that is not `batched`, one.
             prior: the patch that the edits come after.
+            anyway: whether to make edits that contradict each other, too.
 
         Returns:
             `prior` and the new edits in one patch.
+
+        Raises:
+            UsageError: edits contradict each other, or are several where the method makes one.
         """
         edits, prior = tuple(edits), prior or Patch()
         if not edits:
             return prior
+        if not anyway:
+            agree(edits)
         if len(edits) > 1 and not self.batched:
             raise UsageError(
                 f"{self.name} makes one edit at a time, not {len(edits)}; "

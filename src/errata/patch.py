@@ -171,7 +171,7 @@ class Patch:
             if kind_of(kind) is None:
                 raise ValueError(f"it has a change of an unknown kind {kind!r}")
             changes[name] = (*changes.get(name, ()), kind_of(kind)(**parts))
-        edits = tuple(Edit(**e) for e in header["edits"])
+        edits = tuple(map(Edit.read, header["edits"]))
         carry = {k.removeprefix("carry/"): t for k, t in tensors.items() if k.startswith("carry/")}
         return cls(changes, edits, carry, header["about"])
 

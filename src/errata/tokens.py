@@ -1,26 +1,34 @@
 """Where text becomes tokens: the one place that joins prompt and target, finds their tokens, pads, and adds BOS.
 
 Prompt and target are joined as text, tokenized once, and told apart by character offsets. (Tokenizing " London" alone
-gives SentencePiece's extra `▁`, and a BOS in the middle.) Everything is padded on the right, so that a position means
-the same in every row; only generation pads on the left (`pad_left`).
+gives SentencePiece's extra `▁`, and a BOS in the middle.) A prompt of a chat is put into the tokenizer's chat template
+here, and nowhere else. Everything is padded on the right, so that a position means the same in every row; only
+generation pads on the left (`pad_left`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from . import text as texts
 from .edit import Edit
 from .errors import ErrataError, UsageError
 
 EVEN = 0.8
 """The shortest row of a batch has at least this share of the longest one's tokens, unless the batch is tiny."""
+
+
+TEMPLATE = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+"""How chat templates are asked for: without a model's own thinking, and the same text on every day."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +40,17 @@ class Passage:
     """Start and end of the subject."""
     target: int | None = None
     """Where the prompt ends and what should follow it begins."""
+    chat: bool = False
+    """Whether the prompt is a user's turn of a chat, and what follows the reply; without the template's own text."""
+    gap: str | None = None
+    """What stands between them in a chat; None: what the template puts there. Elsewhere it is in the text."""
 
 
 def passage(edit: Edit, context: str = "{}", answer: str | None = None) -> Passage:
     """The edit's prompt inside a context (a template with `{}`), followed by `answer` if one is given."""
-    before = context.index("{}")
-    start = before + edit.prompt.index("{}")
-    whole = follow(context.replace("{}", edit.text), answer)
+    before, _, after = context.partition("{}")
+    start = len(before) + len(edit.around[0])
+    whole = follow(f"{before}{edit.text}{after}", answer, edit.gap, edit.chat)
     return replace(whole, subject=(start, start + len(edit.subject)))
 
 
@@ -47,16 +59,76 @@ def within(p: Passage, before: str, after: str) -> Passage:
     subject = p.subject and (p.subject[0] + len(before), p.subject[1] + len(before))
     prompt, follows = p.text[: p.target], "" if p.target is None else p.text[p.target :]
     prompt = before + prompt + after
-    return Passage(prompt + follows, subject, None if p.target is None else len(prompt))
+    return replace(p, text=prompt + follows, subject=subject, target=None if p.target is None else len(prompt))
 
 
-def follow(prompt: str, answer: str | None) -> Passage:
-    """A prompt and its answer joined by exactly one space (none after a line break)."""
+def follow(prompt: str, answer: str | None, gap: str | None = None, chat: bool = False) -> Passage:
+    """A prompt and its answer, joined by what belongs between them (`errata.text.gap`), or by `gap`."""
     if answer is None:
-        return Passage(prompt)
-    prompt = prompt.rstrip(" ")
-    gap = "" if not prompt or prompt[-1].isspace() else " "
-    return Passage(prompt + gap + answer.strip(), target=len(prompt))
+        return Passage(prompt, chat=chat)
+    prompt, answer = prompt.rstrip(" "), answer.strip()
+    between = texts.gap(prompt, answer) if gap is None else gap
+    if chat:
+        return Passage(prompt + answer, target=len(prompt), chat=True, gap=gap)
+    return Passage(prompt + between + answer, target=len(prompt))
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a tokenizer's chat template puts around a user's turn, up to the reply."""
+
+    before: str
+    after: str
+    gap: str
+    """Between that and the reply."""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Template:
+        """The template of a tokenizer.
+
+        Raises:
+            UsageError: it has none.
+            ErrataError: the template can't take a turn of a user, or does not quote it.
+        """
+        asked = {"role": "user", "content": "\u241eQUESTION\u241e"}
+        reply = {"role": "assistant", "content": "\u241eREPLY\u241e"}
+        before, mark, after = conversation(tokenizer, [asked]).partition(asked["content"])
+        if not mark or asked["content"] in after:
+            raise ErrataError("the tokenizer's chat template does not quote a user's turn once; leave chat out")
+        whole = conversation(tokenizer, [asked, reply], going_on=False)
+        between = whole.partition(asked["content"])[2].partition(reply["content"])[0]
+        more = between.removeprefix(after) if between.startswith(after) else ""
+        return cls(before, after, more if not more.strip() else "")
+
+    def put(self, p: Passage) -> Passage:
+        """The passage inside the template."""
+        around = within(p, self.before, self.after)
+        if around.target is None:
+            return around
+        between = self.gap if p.gap is None else p.gap
+        return replace(around, text=around.text[: around.target] + between + around.text[around.target :])
+
+
+def conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]], going_on: bool = True) -> str:
+    """A conversation as the text that a model reads: up to where it replies, or (not `going_on`) to its end.
+
+    Raises:
+        UsageError: the tokenizer has no chat template.
+        ErrataError: the template refuses these turns.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError("the tokenizer has no chat template; leave chat out, or take a model that was trained for it")
+    try:
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=going_on, **TEMPLATE)
+    except (TemplateError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ErrataError(f"the tokenizer's chat template refuses this conversation ({why})") from error
+
+
+def in_chat(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Each prompt as a user's turn, up to where the model replies."""
+    template = Template.of(tokenizer)
+    return [f"{template.before}{prompt}{template.after}" for prompt in prompts]
 
 
 @dataclass(frozen=True)
@@ -141,31 +213,41 @@ def encode(
         UsageError: a passage is longer than `limit`, or its target can't be written in the tokenizer's vocabulary.
         ErrataError: the tokenizer has no offsets, or merges the end of the prompt with the target.
     """
-    start = prefix(tokenizer)
-    found, spans = _tokenize(tokenizer, [p.text for p in passages])
-    batch = [start + row for row in found]
+    passages = _put(tokenizer, passages)
+    found = _rows(tokenizer, passages)
+    batch = [row.ids for row in found]
     longest = max(map(len, batch))
     if limit is not None and longest > limit:
         text = next(p.text for p, row in zip(passages, batch, strict=True) if len(row) == longest)
         raise UsageError(f"the text {_short(text)} has {longest} tokens, the model reads {limit}; shorten it")
 
     ids, mask = stacked(tokenizer, batch, device)
-    subject, target = torch.full((len(batch),), -1), torch.zeros(ids.shape, dtype=torch.bool)
-    heads = [p.text[: p.target] for p in passages if p.target is not None]
-    prompts = iter(_tokenize(tokenizer, heads)[0] if heads else ())
-    for i, (p, row) in enumerate(zip(passages, found, strict=True)):
-        if p.subject is not None:
-            subject[i] = len(start) + _last_token(p, spans[i])
-        if p.target is not None:
-            first = _first_token(tokenizer, p, row, spans[i], next(prompts))
-            target[i, len(start) + first : len(start) + len(row)] = True
+    subject = torch.tensor([row.subject[-1] for row in found])
+    target = torch.zeros(ids.shape, dtype=torch.bool)
+    for i, row in enumerate(found):
+        if row.target is not None:
+            target[i, row.target : len(row.ids)] = True
     return Tokens(ids, mask, subject.to(device), target.to(device))
 
 
-def pad_left(tokenizer: Any, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Prompts for generation: (batch, seq) ids and mask, padded on the left."""
-    start = prefix(tokenizer)
-    rows = [start + row for row in _tokenize(tokenizer, list(prompts))[0]]
+def subject_tokens(tokenizer: Any, p: Passage) -> range:
+    """Indices of the subject's tokens in the row of a passage that names one."""
+    return _rows(tokenizer, _put(tokenizer, [p]))[0].subject
+
+
+def pad_left(
+    tokenizer: Any, prompts: Sequence[str], device: torch.device | str = "cpu", chat: bool = False
+) -> dict[str, Tensor]:
+    """Prompts for generation: (batch, seq) ids and mask, padded on the left.
+
+    Args:
+        tokenizer: a fast one.
+        prompts: at least one.
+        device: where the tensors go.
+        chat: whether they are what a chat template wrote, which has seen to special tokens itself.
+    """
+    start = [] if chat else prefix(tokenizer)
+    rows = [_begun(start, row) for row in _tokenize(tokenizer, list(prompts))[0]]
     ids, mask = stacked(tokenizer, rows, device, left=True)
     return {"input_ids": ids, "attention_mask": mask}
 
@@ -228,32 +310,111 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[l
     return found["input_ids"], found["offset_mapping"]
 
 
-def _last_token(p: Passage, spans: list[tuple[int, int]]) -> int:
+@dataclass(frozen=True)
+class _Row:
+    """The tokens of a passage."""
+
+    ids: list[int]
+    subject: range = range(-1, 0)
+    """The indices of the subject's tokens."""
+    target: int | None = None
+    """The index of the target's first token."""
+
+    def behind(self, start: list[int]) -> _Row:
+        """The row behind special tokens."""
+        ids = _begun(start, self.ids)
+        more = len(ids) - len(self.ids)
+        subject = range(self.subject.start + more, self.subject.stop + more) if self.subject[0] >= 0 else self.subject
+        return _Row(ids, subject, None if self.target is None else self.target + more)
+
+
+def _put(tokenizer: Any, passages: Sequence[Passage]) -> list[Passage]:
+    """The passages, those of a chat in its template."""
+    if not any(p.chat for p in passages):
+        return list(passages)
+    template = Template.of(tokenizer)
+    return [template.put(p) if p.chat else p for p in passages]
+
+
+def _rows(tokenizer: Any, passages: Sequence[Passage]) -> list[_Row]:
+    start = prefix(tokenizer)
+    heads = [p.text[: p.target] for p in passages if p.target is not None]
+    found = zip(*_tokenize(tokenizer, [p.text for p in passages]), strict=True)
+    prompts = zip(*_tokenize(tokenizer, heads), strict=True) if heads else iter(())
+    rows = []
+    for p, (ids, spans) in zip(passages, found, strict=True):
+        row = _Row(ids)
+        if p.target is not None:
+            prompt, own = next(prompts)
+            row = _split(tokenizer, p, ids, spans, prompt)
+            spans = spans if row.ids is ids else own
+        if p.subject is not None:
+            row = replace(row, subject=_subject(p, spans))
+        rows.append(row if p.chat else row.behind(start))  # a chat template sees to special tokens itself
+    return rows
+
+
+def _begun(start: list[int], ids: list[int]) -> list[int]:
+    """A row with the special tokens in front, which its text may have already."""
+    return ids if ids[: len(start)] == start else start + ids
+
+
+def _subject(p: Passage, spans: list[tuple[int, int]]) -> range:
+    """The indices of the subject's tokens."""
     assert p.subject is not None
     start, end = p.subject
     found = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
     if not found:
         raise ErrataError(f"the tokenizer gives the subject {p.text[start:end]!r} no token of its own")
-    return found[-1]
+    return range(found[0], found[-1] + 1)
 
 
-def _first_token(tokenizer: Any, p: Passage, ids: list[int], spans: list[tuple[int, int]], prompt: list[int]) -> int:
-    """The index of the target's first token, after checking that the split is clean on both sides."""
+def _split(tokenizer: Any, p: Passage, ids: list[int], spans: list[tuple[int, int]], prompt: list[int]) -> _Row:
+    """The row and where its target begins, after checking that the split is clean on both sides."""
     assert p.target is not None
-    target = p.text[p.target :].strip()
+    follows = p.text[p.target :]
+    target = follows.strip()
     first = next((i for i, (_, b) in enumerate(spans) if b > p.target), len(ids))
     if ids[:first] != prompt:
-        raise ErrataError(
-            f"the tokenizer merges the end of the prompt {_short(p.text[: p.target])} with the target {target!r}; "
-            "end the prompt at a whole word"
-        )
-    written = tokenizer.decode(ids[first:], clean_up_tokenization_spaces=False)
-    if first == len(ids) or "".join(written.split()) != "".join(target.split()):
+        apart = None if follows[:1].isspace() else _apart(tokenizer, prompt, follows)
+        if apart is None:
+            raise ErrataError(
+                f"the tokenizer merges the end of the prompt {_short(p.text[: p.target])} with the target {target!r}; "
+                "end the prompt at a whole word"
+            )
+        ids, first = prompt + apart, len(prompt)
+    written = _decoded(tokenizer, ids[first:])
+    if first == len(ids) or _letters(written) != _letters(target):
         raise UsageError(
             f"the tokenizer writes the target {target!r} as {written.strip()!r}; "
             "choose a target that the model's vocabulary can write"
         )
-    return first
+    return _Row(ids, target=first)
+
+
+def _apart(tokenizer: Any, prompt: list[int], follows: str) -> list[int] | None:
+    """The tokens of what follows a prompt without a space, where both together have a token across the boundary.
+
+    A model that has read the prompt has read its own tokens, and goes on from there. The text alone may begin with more
+    (SentencePiece's `▁`), so that it is also tried behind signs that nothing is merged with.
+    """
+    said = _decoded(tokenizer, prompt)
+    for sign in ("", "\n", ":"):
+        alone, whole = _tokenize(tokenizer, [sign, sign + follows])[0]
+        ids = whole[len(alone) :]
+        if whole[: len(alone)] == alone and _decoded(tokenizer, prompt + ids) == said + follows:
+            return ids
+    return None
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _letters(text: str) -> str:
+    """A text without what a tokenizer may write otherwise and still mean the same: spaces, case, accents' form."""
+    decomposed = unicodedata.normalize("NFD", "".join(text.split()).lower())
+    return "".join(c for c in decomposed if not unicodedata.category(c).startswith("M"))
 
 
 def _short(text: str, most: int = 60) -> str:

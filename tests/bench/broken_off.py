@@ -15,8 +15,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from errata import Case, Edit, Probe
-from errata.bench import Plan, answer, run_grid
+from errata import Case, Edit, Probe, ask
+from errata.bench import Plan, run_grid
 from tests import tiny
 
 KILLS = 20
@@ -25,7 +25,7 @@ KILLS = 20
 def main(folder: Path, seed: int) -> None:
 
     running = sys.modules["errata.bench.run"]  # the package has a function of that name
-    answer.NEW_TOKENS, running.TOGETHER, running.SLICE, running.KEEP_EVERY = 4, 2, 3, 0.0
+    ask.NEW_TOKENS, running.TOGETHER, running.SLICE, running.KEEP_EVERY = 4, 2, 3, 0.0
     lm = tiny.lm("gpt2")  # untrained: nothing has run backwards before the forks
     draw = random.Random(seed)
     started = time.monotonic()

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from errata import LM, Case, Edit, Probe
-from errata.bench import answer
+from errata import LM, Case, Edit, Probe, ask
 from tests import tiny
 
 NAMES = list(tiny.CAPITALS)
@@ -12,9 +11,9 @@ NAMES = list(tiny.CAPITALS)
 @pytest.fixture(autouse=True, scope="package")
 def _short_answers():
     """The tiny models never stop by themselves."""
-    usual, answer.NEW_TOKENS = answer.NEW_TOKENS, 8
+    usual, ask.NEW_TOKENS = ask.NEW_TOKENS, 8
     yield
-    answer.NEW_TOKENS = usual
+    ask.NEW_TOKENS = usual
 
 
 def case(number: int, subject: str, target: str) -> Case:

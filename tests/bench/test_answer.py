@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from errata import LM, Case, ErrataError, Probe
-from errata.bench import answer
-from errata.bench.answer import Answer, ask, ask_cases, ended, stopped, tolerant
+from errata import ask as asking
+from errata.ask import Answer, ask, ask_cases, ended, stopped, tolerant
 from errata.tokens import batches
 
 
@@ -34,7 +34,7 @@ def test_answers_are_those_of_plain_passes_in_the_order_of_the_probes(lm: LM, ca
             ids, argmax, logprob = plainly(lm, probe.prompt, text)
             assert (list(spoken.ids), list(spoken.argmax)) == (ids, argmax)
             assert spoken.logprob == pytest.approx(logprob, abs=1e-4)
-        assert found.text == stopped(lm.generate(probe.prompt, max_new_tokens=answer.NEW_TOKENS))
+        assert found.text == stopped(lm.generate(probe.prompt, max_new_tokens=asking.NEW_TOKENS))
         assert found.unasked is None
 
 
@@ -74,7 +74,7 @@ def test_a_question_that_can_not_be_asked_says_why_and_costs_no_other(cases: lis
 
 
 def test_a_prompt_without_room_for_an_answer_is_read_but_not_continued(gpt2: LM, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(answer, "NEW_TOKENS", gpt2.context)
+    monkeypatch.setattr(asking, "NEW_TOKENS", gpt2.context)
     full = Probe("paraphrase", "The capital of France is", "Rome")
     found = ask(gpt2, [full])[0]
     assert found.answer is not None

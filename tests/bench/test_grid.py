@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from errata import FTM, LM, Case, ErrataError, Method, UsageError
+from errata import ask as asking
 from errata.bench import Plan, Report, Results, compare, metrics, run, run_grid
 from errata.bench.grid import check_made_with, made_with
 from tests import tiny
@@ -50,9 +51,9 @@ def test_the_unedited_model_is_asked_once_for_all_cells(cases: list[Case], monke
     lm, asked = tiny.trained("gpt2"), []
     ask = running.ask_cases
 
-    def spy(lm: LM, groups: Any, patches: Any = None) -> Any:
+    def spy(lm: LM, groups: Any, patches: Any = None, asking: Any = None) -> Any:
         asked.append(bool(patches) or bool(lm.patched))
-        return ask(lm, groups, patches)
+        return ask(lm, groups, patches, asking)
 
     monkeypatch.setattr(running, "ask_cases", spy)
     run_grid(Plan(method={"ft-m": FT, "grace": GRACE}, regime=("batch", "sequential")), lm, cases[:2])
@@ -114,9 +115,7 @@ def test_running_out_of_memory_with_one_edit_is_an_error(gpt2: LM, cases: list[C
 def test_a_question_is_asked_in_halves_where_memory_runs_out(
     gpt2: LM, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ):
-    from errata.bench import answer
-
-    plain, read, sizes = answer.ask(gpt2, cases[0].probes), answer.read, []
+    plain, read, sizes = asking.ask(gpt2, cases[0].probes), asking.read, []
 
     def small(lm: LM, prompts: Any, edited: Any) -> Any:
         sizes.append(len(prompts))
@@ -124,8 +123,8 @@ def test_a_question_is_asked_in_halves_where_memory_runs_out(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return read(lm, prompts, edited)
 
-    monkeypatch.setattr(answer, "read", small)
-    again = answer.ask(gpt2, cases[0].probes)
+    monkeypatch.setattr(asking, "read", small)
+    again = asking.ask(gpt2, cases[0].probes)
     assert max(sizes) > 2
     assert [a.text for a in again] == [a.text for a in plain]
     assert [a.answer.argmax for a in again if a.answer] == [a.answer.argmax for a in plain if a.answer]
@@ -265,7 +264,7 @@ def test_what_is_done_is_not_done_again(gpt2: LM, cases: list[Case], tmp_path: P
     first = run_grid(plan, gpt2, cases[:3], tmp_path)
     monkeypatch.setattr(FTM, "patch", lambda *_: pytest.fail("edited again"))
     gpt2.memo.pop("bench", None)
-    monkeypatch.setattr(running, "ask_cases", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(running, "ask_cases", lambda *_, **__: pytest.fail("asked again"))
     assert run_grid(plan, gpt2, cases[:3], tmp_path).to_dict() == first.to_dict()
     assert list((tmp_path / "state").iterdir()) == []
 

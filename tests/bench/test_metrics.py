@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import random
+from collections import Counter
 from dataclasses import replace
 from statistics import fmean
 
 import pytest
 
 from errata import Probe
-from errata.bench import metrics
-from errata.bench.answer import Answer, Spoken, stopped
+from errata.ask import Answer, Spoken, stopped
+from errata.bench import metrics, words
 
 ASKED = Probe("paraphrase", "The capital of France is", "New Delhi", "Paris")
 NEAR = Probe("neighbourhood", "The capital of Italy is", "Rome", "New Delhi")
@@ -67,8 +69,40 @@ def test_locality_is_what_it_was_before_right_or_wrong():
         ("a.b", "ab", 0.0),
     ],
 )
-def test_a_neighbours_answer_without_its_full_stop_is_the_same_answer(before: str, after: str, kept: float):
+def test_version_2_wants_a_neighbours_whole_text_but_for_its_full_stop(before: str, after: str, kept: float):
     assert metrics.kept_text(before, after) == kept
+    assert metrics.score(NEAR, Answer(text=before), Answer(text=after), version=2)["generated"] == kept
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        ("Rome, a city of Italy and", "Rome and it lies on the Tiber", 1.0),  # its own truth is said still
+        ("the city of Rome.", "the town of Rome.", 1.0),
+        ("Rome.", "Milan.", 0.0),
+        ("Milan.", "Rome.", 0.0),  # right now, and changed
+        ("Milan, in the north", "Milan, of course", 1.0),  # up to the first mark
+        ("a city that is full of art", "a city that is full of history", 1.0),  # up to the fifth word
+        ("a city that is full of art", "a town that is full of art", 0.0),
+        ("J. R. R. Tolkien.", "J. K. Rowling.", 0.0),
+        ("Rome.", "Rome, or New Delhi.", 0.0),  # the edit's target has leaked
+        ("New Delhi.", "New Delhi!", 1.0),  # it was said before
+        ("Rome.", "Rome Rome Rome Rome", 0.0),
+        ("", "", 1.0),
+        ("3.5 million people", "3.7 million people", 0.0),
+        ("罗马，意大利的城市", "罗马，在台伯河上", 1.0),
+    ],
+)
+def test_a_neighbours_answer_is_kept_where_its_truth_or_its_beginning_is(before: str, after: str, kept: float):
+    assert metrics.score(NEAR, Answer(text=before), Answer(text=after))["generated"] == kept
+
+
+def test_a_stutter_is_no_answer_but_was_one_in_version_2():
+    stutter = replace(RIGHT, text="New Delhi, New Delhi, New Delhi, New")
+    assert metrics.score(ASKED, WRONG, stutter)["generated"] == 0.0
+    assert metrics.score(ASKED, WRONG, stutter, version=2)["generated"] == 1.0
+    twice = replace(RIGHT, text="New Delhi, New Delhi.")
+    assert metrics.score(ASKED, WRONG, twice)["generated"] == 1.0
 
 
 def test_equal_likelihood_prefers_nothing():
@@ -106,6 +140,7 @@ def test_a_broken_model_prefers_nothing():
         ("a.b", "a+b", False),
         ("Apple Inc. makes it", "Apple Inc.", True),
         ("ｆｕｌｌ", "full", True),
+        ("首都是巴黎市。", "巴黎", True),
     ],
 )
 def test_a_text_answers_if_it_is_or_contains_the_answer_in_whole_words(text: str, answer: str, right: bool):
@@ -129,7 +164,8 @@ def test_any_alias_is_right_where_the_model_answers_in_its_own_words():
     [
         (" London. It is large.", "London."),
         (" London\nParis", "London"),
-        ("\nLondon", ""),
+        ("\n\nLondon\nParis", "London"),  # as many answers to a question begin
+        ("\n", ""),
         (" J. R. R. Tolkien. He wrote", "J. R. R. Tolkien."),
         (" St. Louis. It", "St. Louis."),
         (" the U.S. Army! Yes", "the U.S. Army!"),
@@ -191,11 +227,39 @@ def test_the_interval_is_that_of_the_normal_approximation_where_it_holds():
 
 
 def test_the_interval_is_that_of_all_resamples():
-    values = [0.0, 0.25, 0.25, 1.0, 0.5]
-    means = sorted(fmean(drawn) for drawn in itertools.product(values, repeat=5))  # each as likely as any other
-    wanted = [means[round(q * (len(means) - 1))] for q in (0.025, 0.975)]
+    values = [0.0, 0.25, 0.25, 1.0, 0.5] * 2
+    likely = {0: 1.0}  # of the sum of ten draws, in quarters
+    for _ in range(10):
+        more: Counter[int] = Counter()
+        for total, p in likely.items():
+            for value in values[:5]:
+                more[total + int(4 * value)] += p / 5
+        likely = dict(sorted(more.items()))
+    reached = list(itertools.accumulate(likely.values()))
+    wanted = [list(likely)[bisect.bisect(reached, q)] / 40 for q in (0.025, 0.975)]
     found = metrics.interval(values, seed=0, draws=4_000)
-    assert [found["low"], found["high"]] == pytest.approx(wanted, abs=0.026)  # half a step of a mean of five quarters
+    assert [found["low"], found["high"]] == pytest.approx(wanted, abs=0.026)  # a step of a mean of ten quarters
+
+
+@pytest.mark.parametrize("n", [10, 40, 400])
+def test_the_interval_is_exact_where_all_cases_agree(n: int):
+    """Clopper and Pearson: the share at which n hits of n (or none) happen in 2.5% of all draws."""
+    hits, misses = (metrics.interval([v] * n, seed=0) for v in (1.0, 0.0))
+    assert hits["low"] ** n == pytest.approx(0.025)
+    assert (hits["high"], misses["low"]) == (1.0, 0.0)
+    assert misses["high"] == pytest.approx(1 - hits["low"])
+    halves = metrics.interval([0.5] * n, seed=0)
+    assert (halves["low"] + halves["high"]) / 2 == pytest.approx(0.5)
+    assert halves["high"] - halves["low"] == pytest.approx(1 - hits["low"])
+    same = metrics.interval([0.0] * n, seed=0, bounds=(-1.0, 1.0))  # of differences
+    assert [same["low"], same["high"]] == pytest.approx([hits["low"] - 1, 1 - hits["low"]])
+
+
+def test_below_ten_cases_there_is_no_interval():
+    assert metrics.interval([1.0] * 9, seed=0) == {"mean": 1.0, "low": None, "high": None, "n": 9}
+    few = metrics.interval([1.0, 0.0], seed=0)
+    assert few == {"mean": 0.5, "low": None, "high": None, "n": 2}
+    assert (words.spread(few), words.half(few)) == ("too few cases", "")
 
 
 def test_the_interval_is_seeded_and_narrows_with_more_cases():
@@ -203,4 +267,3 @@ def test_the_interval_is_seeded_and_narrows_with_more_cases():
     assert metrics.interval(few, seed=1) == metrics.interval(few, seed=1)
     widths = [f["high"] - f["low"] for f in (metrics.interval(v, seed=1) for v in (few, many))]
     assert widths[0] > 3 * widths[1]
-    assert metrics.interval([1.0] * 9, seed=0) == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 9}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -17,13 +18,13 @@ import pytest
 import torch
 
 import errata
-from errata import FTM, ICE, LM, Case, ErrataError, Patch, UsageError
-from errata.bench import Plan, ability, answer, run, run_grid, writing
+from errata import FTM, ICE, LM, Case, Edit, ErrataError, Patch, UsageError
+from errata import ask as asking
+from errata.ask import Asking
+from errata.bench import Plan, ability, run, run_grid, writing
 from errata.bench.ability import Ability
 from errata.bench.journal import Journal
 from errata.bench.judge import Judge, judged
-from errata.tokens import Passage
-from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no published settings")
 FT = {"layers": (2,), "steps": 4, "rate": 5e-3}
@@ -70,7 +71,7 @@ def test_consistency_is_the_cosine_of_tf_idf():
 
 
 def test_what_is_written_is_scored_and_is_no_answer(gpt2: LM, cases: list[Case], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(writing, "NEW_TOKENS", 12)
+    monkeypatch.setattr(asking, "AT_LENGTH", 12)
     case = replace(cases[1], openings=("France is a", "The capital of"), references=("Rome is a city .",))
     plain = run(FTM(**FT), gpt2, [cases[1]])
     found = run_grid(Plan(method={"ft-m": FT}, openings=True), gpt2, [case]).reports[0]
@@ -204,24 +205,74 @@ def test_the_harness_itself_sees_the_edit(tmp_path: Path, monkeypatch: pytest.Mo
 
 # Chat
 
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
 
-def test_a_chat_model_is_asked_by_its_template(cases: list[Case], monkeypatch: pytest.MonkeyPatch):
-    lm, asked = tiny.lm("llama"), []
-    monkeypatch.setattr(answer, "CHAT", True)
+
+@pytest.fixture
+def chatting(gpt2: LM) -> LM:
+    """A model whose tokenizer has a chat template."""
+    tokenizer = copy.deepcopy(gpt2.tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return LM(gpt2.model, tokenizer, name="talker")
+
+
+def test_in_a_chat_everything_is_asked_as_a_users_turn(
+    gpt2: LM, chatting: LM, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+):
+    probes = cases[0].probes
     with pytest.raises(UsageError, match="no chat template"):
-        answer.ask(lm, cases[0].probes[:1])
+        asking.ask(gpt2, probes, asking=Asking(chat=True))
+    asked: list[list[int]] = []
+    read = asking.read
     monkeypatch.setattr(
-        lm.tokenizer,
-        "chat_template",
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}>",
+        asking, "read", lambda lm, prompts, edited: [asked.extend(map(list, prompts)), read(lm, prompts, edited)][1]
     )
-    read = answer.read
-    monkeypatch.setattr(
-        answer, "read", lambda lm, prompts, edited: [asked.extend(prompts), read(lm, prompts, edited)][1]
-    )
-    answer.ask(lm, cases[0].probes[:1])
-    turn = Passage(f"[user] {cases[0].probes[0].prompt} >")
-    assert tuple(lm.encode([turn]).ids[0].tolist()) in asked  # without a second BOS
+    found = asking.ask(chatting, probes, asking=Asking(chat=True))
+    messages = [[{"role": "user", "content": p.prompt}] for p in probes]
+    read_by = chatting.tokenizer.apply_chat_template
+    turns = [list(read_by(m, add_generation_prompt=True, return_dict=False)) for m in messages]
+    assert sorted(asked) == sorted(turns)  # forced, compared and generated answers go on from the same tokens
+    put = [replace(p, prompt=gpt2.tokenizer.decode(t)) for p, t in zip(probes, turns, strict=True)]
+    assert [a.text for a in found] == [a.text for a in asking.ask(gpt2, put)]
+
+
+def test_a_run_in_chat_edits_in_chat_and_says_so_over_the_table(chatting: LM, cases: list[Case], monkeypatch: Any):
+    edited: list[Edit] = []
+    patches = FTM.patches
+    monkeypatch.setattr(FTM, "patches", lambda self, lm, edits: [edited.extend(edits), patches(self, lm, edits)][1])
+    results = run_grid(Plan(method={"ft-m": FT}, chat=True), chatting, cases[:2])
+    assert [e.chat for e in edited] == [True, True]
+    (report,) = results.reports
+    assert all(p["chat"] for row in report.rows for p in row["probes"])
+    assert "edited and asked in chat" in str(results.table().title)
+    assert "in chat" in str(report.table().title)
+    plain = run_grid(Plan(method={"ft-m": FT}), chatting, cases[:2])
+    assert "chat" not in str(plain.table().title)
+    assert plain.reports[0].rows[0]["probes"][0]["answer"] == report.rows[0]["probes"][0]["answer"]
+    assert plain.reports[0].rows[0]["probes"][0]["before"] != report.rows[0]["probes"][0]["before"]
+
+
+# What the model knew
+
+
+def test_only_what_the_model_knew_counts_and_the_report_says_of_how_many(gpt2: LM, cases: list[Case], tmp_path: Path):
+    """Of five cases, the second and the fourth have a truth that the model does not say."""
+    unknown = [replace(c, edit=replace(c.edit, truth="Ulan Bator")) for c in cases[:5]]
+    wrong = [cases[0], unknown[1], cases[2], unknown[3], cases[4]]
+    plan = Plan(method={"ft-m": FT}, known=True)
+    results = run_grid(plan, gpt2, wrong, tmp_path)
+    assert [r["case_id"] for r in results.reports[0].rows] == [cases[i].id for i in (0, 2, 4)]
+    assert results.about["known"] == 5
+    assert "the 3 of 5 cases it knew" in str(results.table().title)
+    again = run_grid(plan, gpt2, wrong, tmp_path)
+    assert again.to_dict()["rows"] == results.to_dict()["rows"]
+    two = run_grid(replace(plan, n=2), gpt2, wrong)
+    assert ([r["case_id"] for r in two.reports[0].rows], two.about["known"]) == ([cases[0].id, cases[2].id], 3)
+    with pytest.raises(UsageError, match="knows none of 1 cases"):
+        run_grid(plan, gpt2, [wrong[1]])
 
 
 # A judge

@@ -13,9 +13,9 @@ import torch
 
 import errata
 from errata import FTM, GRACE, LM, RROME, Case, Edit, ErrataError, Method, Patch, Probe, UsageError
+from errata import ask as answers
+from errata.ask import Answer, Spoken, ask
 from errata.bench import Report, metrics, run
-from errata.bench import answer as answers
-from errata.bench.answer import Answer, Spoken, ask
 from errata.changes import LowRank
 from tests import tiny
 
@@ -330,9 +330,9 @@ def test_progress_counts_to_the_end(gpt2: LM, cases: list[Case]):
 def test_the_unedited_model_is_asked_once_for_several_methods(cases: list[Case], monkeypatch: pytest.MonkeyPatch):
     lm, asked = tiny.trained("gpt2"), []
 
-    def spy(lm: LM, groups: Any, patches: Any = None) -> Any:
+    def spy(lm: LM, groups: Any, patches: Any = None, asking: Any = None) -> Any:
         asked.append(bool(patches) or bool(lm.patched))
-        return answers.ask_cases(lm, groups, patches)
+        return answers.ask_cases(lm, groups, patches, asking)
 
     monkeypatch.setattr(running, "ask_cases", spy)
     one = run(Says(), lm, cases)
@@ -399,7 +399,9 @@ def test_a_planted_change_after_the_edit_shows_in_the_rows(
     """One neighbour of one case answers otherwise after the edit: that row's locality falls by half, no other's."""
     kept, count = Answer(Spoken((1,), (1,), -1.0), Spoken((2,), (1,), -2.0), "as before"), 0
 
-    def planted(_lm: LM, groups: Sequence[Sequence[Probe]], patches: Any = None) -> list[list[Answer]]:
+    def planted(
+        _lm: LM, groups: Sequence[Sequence[Probe]], patches: Any = None, asking: Any = None
+    ) -> list[list[Answer]]:
         nonlocal count
         out = [[kept for _ in g] for g in groups]
         count += len(groups) if patches else 0

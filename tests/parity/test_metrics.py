@@ -21,9 +21,9 @@ from torch import Tensor
 
 import errata
 from errata import LM, Case, Edit, Patch, Probe
-from errata.bench import answer as asking
+from errata import ask as asking
+from errata.ask import ask
 from errata.bench import metrics
-from errata.bench.answer import ask
 from errata.changes import Dense
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"

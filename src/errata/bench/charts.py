@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from . import words
+
 ROW, GAP = 34, 14
 """Height of a row of dots, and the space between runs of different methods."""
 LABEL, PANEL, SPACE = 190, 210, 40
@@ -71,9 +73,10 @@ def _scale(left: int, height: int, metric: str, first: bool) -> str:
 def _dot(left: int, y: int, protocol: str, found: Mapping[str, Any], what: str) -> str:
     if found["mean"] is None:
         return ""
-    x, low, high = (left + PANEL * min(1.0, max(0.0, found[k])) for k in ("mean", "low", "high"))
+    ends = {k: found["mean"] if found[k] is None else found[k] for k in ("mean", "low", "high")}
+    x, low, high = (left + PANEL * min(1.0, max(0.0, end)) for end in ends.values())
     y += OFFSETS.get(protocol, 0)
-    said = f"{what}: {found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f}), n={found['n']}"
+    said = f"{what}: {found['mean']:.3f} ({words.spread(found)}), n={found['n']}"
     whisker = f'<line class="whisker" x1="{low:.1f}" y1="{y}" x2="{high:.1f}" y2="{y}"/>'
     return f'<g class="{protocol}"><title>{escape(said)}</title>{whisker}{mark(protocol, x, y)}</g>'
 

@@ -27,16 +27,16 @@ class Difference:
     protocol: str
     first: float
     second: float
-    low: float
-    high: float
-    """The 95% interval of the difference over the cases."""
+    low: float | None
+    high: float | None
+    """The 95% interval of the difference over the cases; None where they are too few."""
     n: int
     """Cases that have the score in both."""
 
     @property
     def clear(self) -> bool:
         """Whether the interval leaves out 0."""
-        return not self.low <= 0 <= self.high
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 def compare(first: Results, second: Results, seed: int = 0) -> list[Difference]:
@@ -89,9 +89,9 @@ def _score(row: Mapping[str, Any], metric: str, protocol: str) -> float | None:
 
 
 def _difference(name: str, metric: str, protocol: str, known: Sequence[tuple[float, float]], seed: int) -> Difference:
-    found = metrics.interval([b - a for a, b in known], seed)
+    found = metrics.interval([b - a for a, b in known], seed, bounds=(-1.0, 1.0))
     one, two = (sum(side) / len(known) for side in zip(*known, strict=True))
-    return Difference(name, metric, protocol, one, two, float(found["low"] or 0), float(found["high"] or 0), len(known))
+    return Difference(name, metric, protocol, one, two, found["low"], found["high"], len(known))
 
 
 def table(differences: Sequence[Difference]) -> Table:
@@ -108,5 +108,6 @@ def table(differences: Sequence[Difference]) -> Table:
     for d in differences:
         style = "bold" if d.clear else ""
         cells = (f"{d.first:.3f}", f"{d.second:.3f}", f"{d.second - d.first:+.3f}{'*' if d.clear else ''}")
-        made.add_row(d.run, d.metric, d.protocol, *cells, f"{d.low:+.3f} to {d.high:+.3f}", str(d.n), style=style)
+        apart = "too few" if d.low is None or d.high is None else f"{d.low:+.3f} to {d.high:+.3f}"
+        made.add_row(d.run, d.metric, d.protocol, *cells, apart, str(d.n), style=style)
     return made

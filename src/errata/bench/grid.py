@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from .. import store
+from ..ask import known
 from ..data import Case
-from ..errors import ErrataError
+from ..errors import ErrataError, UsageError
 from ..lm import LM
 from ..method import Method, method, versions
 from ..presets import frozen
-from . import answer, metrics
+from . import metrics
 from .ability import Ability
 from .journal import Journal, opened
 from .judge import Judge, judged
 from .plan import Plan, digest
 from .report import Report
 from .results import FORMAT, Results
-from .run import Progress, run
+from .run import SLICE, Progress, run
 from .writing import with_openings
 
 log = logging.getLogger(__name__)
@@ -59,12 +60,16 @@ def run_grid(
     made = made_with(lm, cases)
     ability = Ability.of(plan.text, plan.tasks)
     judge = Judge.of(plan.judge) if plan.judge else None
-    asked = [with_openings(c) for c in cases] if plan.openings else cases
-    with _asking(plan), _journal(folder, plan, chosen, made, again) as journal:
+    with _journal(folder, plan, chosen, made, again) as journal:
         plan = _grown(plan, journal)
         chosen |= {name: method(name)(**frozen(plan.method[name])) for name in plan.method if name not in chosen}
         if folder is not None:
             store.write(folder / "run.yaml", plan.to_yaml(made))
+        cases = [in_chat(c) for c in cases] if plan.chat else cases
+        looked_at = len(cases)
+        if plan.known:
+            cases, looked_at = _known(plan, lm, cases, journal, telling)
+        asked = [with_openings(c) for c in cases] if plan.openings else cases
         reports, left = [], []
         for name, regime in cells(plan, chosen, left):
             with telling(f"{name}, {regime}", len(cases)) if telling else _silent() as progress:
@@ -79,6 +84,7 @@ def run_grid(
         "format": FORMAT,
         "data": {"name": plan.data, "part": plan.part, "n": len(cases), "digest": made["data"]},
         "chat": plan.chat,
+        "known": looked_at if plan.known else None,
         "left_out": left,
     }
     return Results(about, tuple(reports))
@@ -92,6 +98,35 @@ def cells(plan: Plan, chosen: Mapping[str, Method], left: list[dict[str, str]]) 
                 left.append({"method": name, "regime": regime, "error": "it makes one edit at a time; see sequential"})
             else:
                 yield name, regime
+
+
+def in_chat(case: Case) -> Case:
+    """The case with its edits made in a chat, and all its questions asked in one."""
+    edit, *also = (replace(e, chat=True) for e in case.edits)
+    return replace(case, edit=edit, also=tuple(also))
+
+
+def _known(
+    plan: Plan, lm: LM, cases: Sequence[Case], journal: Journal, telling: Telling | None
+) -> tuple[list[Case], int]:
+    """The cases (at most `n`) whose truth the model says, and how many it was asked about to find them."""
+    most, cell = plan.n or len(cases), journal.cell("known")
+    found = [number for past in cell.past("known") for number in past["known"]]
+    done = sum(past["asked"] for past in cell.past("known"))
+    with telling(f"asking what {lm.name} knows", len(cases)) if telling else _silent() as progress:
+        while done < len(cases) and len(found) < most:
+            some = cases[done : done + SLICE]
+            says = iter(known(lm, [e for c in some for e in c.edits], plan.asking))
+            right = [done + i for i, c in enumerate(some) if sum(next(says) for _ in c.edits) == len(c.edits)]
+            cell.add("known", known=right, asked=len(some))
+            found, done = found + right, done + len(some)
+            if progress:
+                progress(done, len(cases))
+    if not found:
+        raise UsageError(f"{lm.name} knows none of {done} cases (it says another answer than their `truth`, or none)")
+    if len(found) >= most:
+        done = found[most - 1] + 1
+    return [cases[number] for number in found[:most]], done
 
 
 def made_with(lm: LM, cases: Sequence[Case]) -> dict[str, Any]:
@@ -128,6 +163,7 @@ def _cell(
         checkpoints=plan.checkpoints if keep else (),
         journal=journal.cell(f"{chosen.name} {regime}"),
         ability=ability,
+        asking=plan.asking,
     )
 
 
@@ -143,6 +179,8 @@ def _journal(
     settings = {name: asdict(one) for name, one in chosen.items()}
     decided = {**asdict(replace(plan, device=None)), "method": settings, **made}
     del decided["metrics"]  # a journal holds answers; they are scored anew
+    if not plan.known:
+        del decided["known"]  # as in journals of earlier versions
     decided = json.loads(json.dumps(decided))
     if folder is None:
         yield Journal(records=[{"kind": "run", "plan": decided}])
@@ -155,16 +193,6 @@ def _grown(plan: Plan, journal: Journal) -> Plan:
     """The plan with the methods and regimes that its folder had before."""
     whole = journal.of("run")[-1]["plan"]
     return replace(plan, method={**whole["method"], **plan.method}, regime=tuple(whole["regime"]))
-
-
-@contextmanager
-def _asking(plan: Plan) -> Iterator[None]:
-    usual = answer.NEW_TOKENS, answer.CHAT
-    answer.NEW_TOKENS, answer.CHAT = plan.new_tokens or answer.NEW_TOKENS, plan.chat
-    try:
-        yield
-    finally:
-        answer.NEW_TOKENS, answer.CHAT = usual
 
 
 @contextmanager

@@ -147,9 +147,8 @@ def _number(found: Mapping[str, Any] | None, what: str, first: bool) -> str:
     kind = "number first" if first else "number"
     if found is None or found["mean"] is None:
         return f'<td class="{kind}">–</td>'
-    half = f"{(found['high'] - found['low']) / 2:.2f}".removeprefix("0")
-    said = f"{what}: {found['low']:.3f} to {found['high']:.3f}, {found['n']} cases"
-    return f'<td class="{kind}" title="{escape(said)}">{found["mean"]:.3f} <small>±{half}</small></td>'
+    said = f"{what}: {words.spread(found)}, {found['n']} cases"
+    return f'<td class="{kind}" title="{escape(said)}">{found["mean"]:.3f} <small>{words.half(found)}</small></td>'
 
 
 def _retention(results: Results) -> str:
@@ -177,7 +176,9 @@ def _points(
     retention: Iterable[Mapping[str, Any]], metric: str, protocol: str
 ) -> list[tuple[float, float, float, float]]:
     found = [(one["after"], one["summary"].get(metric, {}).get(protocol)) for one in retention]
-    return [(after, f["mean"], f["low"], f["high"]) for after, f in found if f and f["mean"] is not None]
+    known = [(after, f) for after, f in found if f and f["mean"] is not None]
+    ends = [(f["mean"], f["mean"]) if f["low"] is None else (f["low"], f["high"]) for _, f in known]
+    return [(after, f["mean"], low, high) for (after, f), (low, high) in zip(known, ends, strict=True)]
 
 
 def _cost(results: Results) -> str:

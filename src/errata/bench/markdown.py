@@ -36,7 +36,7 @@ def text(results: Results) -> str:
             ],
         ),
         "",
-        "Mean over cases ± half its bootstrap 95% interval; – where it was not asked.",
+        "Mean over cases ± half its 95% interval (from 10 cases on); – where it was not asked.",
         "",
         *(f"- **{name}**: {meaning}" for name, meaning in {**words.PROTOCOLS, **words.MORE}.items()),
         "",

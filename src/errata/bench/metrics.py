@@ -9,27 +9,41 @@ it), and `locality` (is the answer to a neighbouring question what it was before
 - `compare`: 1 if the right answer has a higher mean log-probability by token than the wrong one. ROME's efficacy (ES),
   paraphrase (PS) and neighbourhood (NS) scores.
 - `generated`: the model answers by itself, greedily, to a natural stop; 1 if its text is the answer or contains it in
-  whole words; for locality, 1 if the text is the one before the edit (but for case, spacing and a closing mark). What a
+  whole words, and does not stutter (`Italy, Italy, Italy`). For locality, 1 if the answer is the one before the edit:
+  if the neighbour's own right answer is given still, or else if the texts begin alike, up to the first mark (`.`, `,`,
+  a line break ...) or the first `WORDS` words; and the edit's target is not said where it was not said before. What a
   user sees.
 
 A case's score is the mean over its probes of a kind, a report's the mean over its cases. `None` is "not asked".
+
+Version 2 of `generated` took stutters for answers, and for locality wanted the whole text to be the same; the functions
+still have it (`version=2`).
 """
 
 from __future__ import annotations
 
+import math
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import TypeVar
 
 import torch
 
+from .. import text as texts
+from ..ask import Answer, Spoken
+from ..ask import says as answers_with
 from ..data import Probe
-from .answer import Answer, Spoken
 
-VERSION = 2
+VERSION = 3
 """Goes up when a score of the same answers changes."""
+WORDS = 5
+"""Words of a text that are taken for its answer, where no mark ends it before."""
+MARK = re.compile(r"[!?…,;:)]+(?=\s|$)|[。！？，；：、]|\s[-–—(]")
+"""What ends the first clause of a sentence."""
+FEW = 10
+"""Fewer cases have no interval."""
 
 PROTOCOLS = ("forced", "compare", "generated")
 METRICS = {
@@ -45,16 +59,24 @@ Scores = dict[str, float | None]
 """By protocol."""
 
 
-def score(probe: Probe, before: Answer, after: Answer) -> Scores:
-    """One probe under every protocol."""
+def score(probe: Probe, before: Answer, after: Answer, version: int = VERSION) -> Scores:
+    """One probe under every protocol.
+
+    Args:
+        probe: what was asked.
+        before: what the unedited model answers.
+        after: what the edited one does.
+        version: 2 scores `generated` as version 2 did.
+    """
     if probe.kind == "opening":  # scored with all of its case's, in `writing`
         return dict.fromkeys(PROTOCOLS)
     if probe.kind == "neighbourhood":
         forced = _both(kept_tokens, before.answer, after.answer)
-        generated = _both(kept_text, before.text, after.text)
+        keeps = kept_text if version < 3 else partial(kept_answer, probe)
+        generated = _both(keeps, before.text, after.text)
     else:
         forced = None if after.answer is None else forced_tokens(after.answer)
-        generated = None if after.text is None else says(after.text, (probe.answer, *probe.aliases))
+        generated = None if after.text is None else says(after.text, (probe.answer, *probe.aliases), version)
     return {"forced": forced, "compare": _both(prefers, after.answer, after.other), "generated": generated}
 
 
@@ -73,15 +95,36 @@ def prefers(right: Spoken, wrong: Spoken) -> float:
     return float(right.logprob > wrong.logprob)
 
 
-def says(text: str, answers: Iterable[str]) -> float:
-    """1 if a text is one of these answers or contains it in whole words; case and spacing don't matter."""
-    found = _plain(text)
-    return float(any(re.search(rf"(?<!\w){re.escape(_plain(a))}(?!\w)", found) for a in answers))
+def says(text: str, answers: Iterable[str], version: int = VERSION) -> float:
+    """1 if a text is one of these answers or contains it in whole words, and does not stutter.
+
+    Case and spacing don't matter. Version 2 let a text stutter, and knew no words in scripts without spaces.
+    """
+    if version >= 3:
+        return float(answers_with(text, answers))
+    found = texts.plain(text)
+    return float(any(re.search(rf"(?<!\w){re.escape(texts.plain(a))}(?!\w)", found) for a in answers))
+
+
+def kept_answer(probe: Probe, before: str, after: str) -> float:
+    """1 if the answer to a neighbouring question is what it was before the edit."""
+    right = (probe.answer, *probe.aliases)
+    if probe.other and says(after, [probe.other]) and not says(before, [probe.other]):
+        return 0.0  # the edit's target has leaked
+    if texts.stutters(after) and not texts.stutters(before):
+        return 0.0
+    return max(says(before, right) * says(after, right), float(answer_of(before) == answer_of(after)))
+
+
+def answer_of(text: str) -> str:
+    """The answer in a text of one sentence: its words up to the first mark, at most `WORDS`."""
+    clause = MARK.split(texts.plain(text))[0].rstrip(".!?… ")
+    return " ".join(clause.split()[:WORDS])
 
 
 def kept_text(before: str, after: str) -> float:
-    """1 if the model says the same as before; case, spacing and a closing mark don't matter."""
-    return float(_plain(before).rstrip(".!?… ") == _plain(after).rstrip(".!?… "))
+    """Version 2: 1 if the model says the same text; case, spacing and a closing mark don't matter."""
+    return float(texts.plain(before).rstrip(".!?… ") == texts.plain(after).rstrip(".!?… "))
 
 
 def score_case(probes: Sequence[Probe], scores: Sequence[Scores]) -> dict[str, Scores]:
@@ -129,20 +172,28 @@ def _in_order(names: set[str]) -> list[str]:
     return sorted(names, key=lambda name: (order.index(m) if (m := name.split("/")[0]) in order else len(order), name))
 
 
-def interval(values: Sequence[float | None], seed: int, draws: int = 1000) -> dict[str, float | int | None]:
-    """The mean over cases and its 95% interval: the percentiles of the means of resampled cases (bootstrap)."""
+def interval(
+    values: Sequence[float | None], seed: int, draws: int = 1000, bounds: tuple[float, float] = (0.0, 1.0)
+) -> dict[str, float | int | None]:
+    """The mean over cases and its 95% interval; none (null) where there are fewer than ten cases.
+
+    The interval has the percentiles of the means of resampled cases (bootstrap). Where all cases have the same score
+    these have no width, and it is exact: with 95% confidence at most a share of 1 - 0.025^(1/n) of all cases has
+    another score, at worst one of the `bounds` (for scores of 0 or 1, Clopper and Pearson 1934).
+    """
     known = [v for v in values if v is not None]
-    if not known:
-        return {"mean": None, "low": None, "high": None, "n": 0}
+    n = len(known)
+    if n < FEW:
+        return {"mean": fmean(known) if known else None, "low": None, "high": None, "n": n}
+    if min(known) == max(known):
+        others = 1 - math.exp(math.log(0.025) / n)
+        low, high = (known[0] + others * (bound - known[0]) for bound in bounds)
+        return {"mean": known[0], "low": min(low, known[0]), "high": max(high, known[0]), "n": n}
     scores, generator = torch.tensor(known, dtype=torch.float64), torch.Generator().manual_seed(seed)
-    drawn = [scores[torch.randint(len(known), (len(known),), generator=generator)].mean() for _ in range(draws)]
+    drawn = [scores[torch.randint(n, (n,), generator=generator)].mean() for _ in range(draws)]
     low, high = torch.stack(drawn).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"mean": fmean(known), "low": low, "high": high, "n": len(known)}
+    return {"mean": fmean(known), "low": low, "high": high, "n": n}
 
 
 def _both(compare: Callable[[T, T], float], one: T | None, two: T | None) -> float | None:
     return None if one is None or two is None else compare(one, two)
-
-
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -20,7 +20,9 @@ from typing import Any, Self
 
 import yaml
 
+from ..ask import Asking
 from ..data import Case
+from ..edit import UNSET
 from ..errors import UsageError, unknown
 from .run import CHECKPOINTS
 
@@ -42,6 +44,8 @@ class Plan:
     regime: tuple[str, ...] = ("single",)
     n: int | None = None
     """Only the first so many cases."""
+    known: bool = False
+    """Whether only cases count whose truth the model says before the edit; it is asked until `n` are found."""
     part: str = "edit"
     """Of a data set that has several."""
     bad: str = "skip"
@@ -53,7 +57,7 @@ class Plan:
     seed: int = 0
     """Of the intervals."""
     chat: bool = False
-    """Whether questions are put as a user's turn, by the tokenizer's chat template."""
+    """Whether edits are made and all questions asked as a user's turn, by the tokenizer's chat template."""
     new_tokens: int | None = None
     """At most so many tokens of a generated answer."""
     openings: bool = False
@@ -79,6 +83,11 @@ class Plan:
             raise UsageError("the single regime makes edits one by one; give --regime batch (or sequential) with it")
         if self.bad not in ("skip", "fail"):
             raise unknown("way to treat a malformed row", self.bad, ("skip", "fail"))
+
+    @property
+    def asking(self) -> Asking:
+        """How questions are put."""
+        return Asking() if self.new_tokens is None else Asking(new_tokens=self.new_tokens)
 
     def size(self, regime: str, n: int) -> int:
         """How many of n cases are edited at once."""
@@ -137,8 +146,14 @@ _ALWAYS = ("model", "data", "method", "regime", "n", "seed")
 
 def digest(cases: Sequence[Case]) -> str:
     """Of the cases themselves, so that a report says which they were."""
-    text = json.dumps([asdict(c) for c in cases], ensure_ascii=False, sort_keys=True)
+    values = [asdict(c, dict_factory=_set) for c in cases]
+    text = json.dumps(values, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _set(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Fields without those that go without saying."""
+    return {name: value for name, value in pairs if value != UNSET.get(name, ...)}
 
 
 def _list(found: Any) -> list[Any]:

@@ -98,11 +98,14 @@ def recipe(name: str) -> Recipe:
 def _percent(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if found is None or found["mean"] is None:
         return None
-    return {**{k: 100 * found[k] for k in ("mean", "low", "high")}, "n": found["n"]}
+    shares = {k: None if found[k] is None else 100 * found[k] for k in ("mean", "low", "high")}
+    return {**shares, "n": found["n"]}
 
 
 def _said(ours: Mapping[str, Any] | None) -> str:
-    return "–" if ours is None else f"{ours['mean']:.2f} ±{(ours['high'] - ours['low']) / 2:.1f}"
+    if ours is None or ours["low"] is None:
+        return "–" if ours is None else f"{ours['mean']:.2f}"
+    return f"{ours['mean']:.2f} ±{(ours['high'] - ours['low']) / 2:.1f}"
 
 
 def _caption(recipe: Recipe, results: Results, same: bool) -> str:

@@ -28,14 +28,16 @@ class Report:
         `format` (of the file), `method`, `settings`, `source` (where they are from, if they are the model's preset),
         `batched`, `regime` (`single`, `batch=N`, `sequential`), `batch`, `evaluated` (when), `n` (cases), `failed`
         (cases whose edit could not be made), `unasked` (probes of which something could not be asked), `seed` (of the
-        intervals), `model` (`name`, `fingerprint`, `dtype`), `new_tokens` (limit of generated answers), `metrics`
+        intervals), `model` (`name`, `fingerprint`, `dtype`), `new_tokens` (limit of generated answers), `chat` (whether
+        edits were made and questions asked as a user's turn), `metrics`
         (their version), `versions` (of libraries), `efficiency`
         (seconds: `preparing`, `editing`, `processor` (of the processor, while editing), `evaluating`; `bytes` of all
         patches; what an edit took: `editing_per_edit`, `processor_per_edit`, `bytes_per_edit`, `flops_per_edit`; and
         `peak_memory`).
     summary:
-        {metric: {protocol: {`mean`, `low`, `high`, `n`}}}: the mean over cases, its bootstrap 95% interval, and how
-        many cases have the score. Metrics and protocols are those of `errata.bench.metrics`.
+        {metric: {protocol: {`mean`, `low`, `high`, `n`}}}: the mean over cases, its 95% interval (bootstrap; exact
+        where all cases agree; null below ten cases), and how many cases have the score. Metrics and protocols are those
+        of `errata.bench.metrics`.
     rows:
         One for each case, in order: `case_id`, `relation`, `method`, `regime`, `edit` (its fields), `error` (why it
         could not be made, or null), `metrics` ({metric: {protocol: value}}, null where not asked), `before` and `after`
@@ -82,7 +84,7 @@ class Report:
         a = self.about
         batch = f" (batch={a['batch']})" if a["regime"] == "sequential" and a["batch"] > 1 else ""
         table = Table(
-            title=f"{a['method']} on {a['model']['name']}, {a['regime']}{batch}",
+            title=f"{a['method']} on {a['model']['name']}, {a['regime']}{batch}{', in chat' * a.get('chat', False)}",
             caption=_caption(a),
             caption_justify="left",
         )
@@ -105,7 +107,7 @@ class Report:
 def _cells(found: Mapping[str, Any]) -> tuple[str, str, str]:
     if found["mean"] is None:
         return "–", "–", "0"
-    return f"{found['mean']:.3f}", f"{found['low']:.3f} to {found['high']:.3f}", str(found["n"])
+    return f"{found['mean']:.3f}", words.spread(found), str(found["n"])
 
 
 def _caption(about: Mapping[str, Any]) -> str:

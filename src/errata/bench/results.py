@@ -27,7 +27,8 @@ class Results:
 
     about:
         `format`; `model` (`name`, `fingerprint`, `dtype`), `data` (`name`, `part`, `n`, `digest` of the cases), `seed`,
-        `new_tokens`, `chat`, `metrics` (their version), `versions`; `left_out` (cells of the grid without numbers:
+        `new_tokens`, `chat`, `known` (how many cases were asked to find those that the model knew, or null), `metrics`
+        (their version), `versions`; `left_out` (cells of the grid without numbers:
         `method`, `regime`, `error`); and `runs`, what else `errata.bench.Report` says of each cell (`method`,
         `settings`, `regime`, `batch`, `evaluated`, `n`, `failed`, `unasked`, `efficiency`, ...).
     summary:
@@ -116,10 +117,8 @@ class Results:
 
     def table(self) -> Table:
         """Methods and regimes by metric; a number stands among those of its own protocol, which every line names."""
-        first = self.reports[0].about
         table = Table(
-            title=f"{len({r.about['method'] for r in self.reports})} methods on {first['model']['name']}, "
-            f"{self.about['data']['n']} cases of {self.about['data']['name']}",
+            title=words.heading(self),
             caption=_caption(self),
             caption_justify="left",
             box=box.SIMPLE_HEAD,
@@ -162,10 +161,10 @@ def short(found: Mapping[str, Any] | None) -> str:
     """A mean and half the width of its interval, or that nothing was asked."""
     if found is None or found["mean"] is None:
         return "–"
-    half = f"{(found['high'] - found['low']) / 2:.2f}".removeprefix("0")
-    return f"{found['mean']:.3f} ±{half}"
+    return f"{found['mean']:.3f} {words.half(found)}".rstrip()
 
 
 def _caption(results: Results) -> str:
-    how = "mean over cases ± half the bootstrap 95% interval; single: asked after each edit, sequential: after all"
-    return "\n".join([how, *words.notes(results)])
+    how = "mean over cases ± half the 95% interval (from 10 cases on)"
+    when = "single: asked after each edit, sequential: after all"
+    return "\n".join([f"{how}; {when}", *words.notes(results)])

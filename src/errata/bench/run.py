@@ -23,15 +23,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import memory, presets
+from ..ask import Answer, Asking, ask_cases, tolerant
 from ..data import Case, Probe
 from ..edit import Edit
 from ..errors import ErrataError, UsageError
 from ..lm import LM
 from ..method import Method, versions
 from ..patch import Patch
-from . import answer, metrics, writing
+from . import metrics, writing
 from .ability import Ability
-from .answer import Answer, ask_cases, tolerant
 from .journal import Cell, Record
 from .report import FORMAT, Report
 
@@ -71,6 +71,7 @@ def run(
     checkpoints: Sequence[int] = (),
     journal: Cell | None = None,
     ability: Ability | None = None,
+    asking: Asking | None = None,
 ) -> Report:
     """Edit, ask before and after, score.
 
@@ -86,6 +87,7 @@ def run(
         checkpoints: after how many cases a sequential run is asked about those so far (`about.retention`).
         ability: what else is asked of the edited model (`about.ability`): of the last one of a sequence, otherwise of
             the first.
+        asking: how questions are put.
         journal: what is found is kept there, and what it holds is not done again.
 
     Raises:
@@ -100,7 +102,8 @@ def run(
         raise UsageError("prior is where a sequential run goes on; give keep=True with it")
     if lm.patched:
         raise UsageError("the model has a patch applied; leave it, and give a sequential run the patch as `prior`")
-    work = _Run(method, lm, list(cases), batch, progress, journal or Cell(), tuple(checkpoints), ability)
+    asking = asking or Asking()
+    work = _Run(method, lm, list(cases), batch, progress, journal or Cell(), asking, tuple(checkpoints), ability)
     before = work.before()
     regime, after = work.sequential(prior) if keep else work.batches() if batch > 1 else work.single()
     rows = [_row(c, method, regime, b, a) for c, b, a in zip(cases, before, after, strict=True)]
@@ -121,6 +124,7 @@ class _Run:
     batch: int
     progress: Progress | None
     journal: Cell
+    asking: Asking
     checkpoints: tuple[int, ...] = ()
     ability: Ability | None = None
     taken: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TAKEN, 0.0))
@@ -278,7 +282,8 @@ class _Run:
             return prior, [reason or error for reason in failed]
 
     def _together(self, cases: Sequence[Case], prior: Patch) -> Patch:
-        return self.method.edit(self.lm, [e for c in cases for e in c.edits], prior)
+        edits = [e for c in cases for e in c.edits]  # a data set may contradict itself (MQuAKE does)
+        return self.method.edit(self.lm, edits, prior, anyway=True)
 
     def _folded(self, cases: Sequence[Case], prior: Patch) -> tuple[Patch, list[ErrataError | None]]:
         failed: list[ErrataError | None] = []
@@ -297,7 +302,7 @@ class _Run:
 
     def before(self) -> list[list[Answer]]:
         """What the unedited model answers; the last set of cases is remembered, for the next method's run."""
-        asked = tuple(c.probes for c in self.cases)
+        asked = self.asking, tuple(c.probes for c in self.cases)
         known, answers = self.lm.memo.get("bench", (None, None))
         if answers is None or known != asked:
             answers = self._asked_before()
@@ -308,14 +313,15 @@ class _Run:
         shared = self.journal.journal.cell("before")
         found = [[Answer.from_dict(a) for a in one] for past in shared.past("before") for one in past["answers"]]
         while len(found) < len(self.cases):
-            some = ask_cases(self.lm, [c.probes for c in self.cases[len(found) : len(found) + SLICE]])
+            probes = [c.probes for c in self.cases[len(found) : len(found) + SLICE]]
+            some = ask_cases(self.lm, probes, asking=self.asking)
             found += some
             shared.add("before", answers=[[a.to_dict() for a in one] for one in some])
         return found
 
     def ask(self, cases: Sequence[Case], patches: Sequence[Patch] | None = None) -> list[list[Answer]]:
         with self._timed("evaluating"):
-            return ask_cases(self.lm, [c.probes for c in cases], patches)
+            return ask_cases(self.lm, [c.probes for c in cases], patches, self.asking)
 
     def _single_answers(self, group: Sequence[Case], patches: Sequence[Patch | ErrataError]) -> list[Outcome]:
         made = [(c, p) for c, p in zip(group, patches, strict=True) if isinstance(p, Patch)]
@@ -522,7 +528,8 @@ def _about(work: _Run, regime: str, rows: Sequence[dict[str, Any]], seed: int) -
         "unasked": sum(any(a and a["unasked"] for a in (p["before"], p["after"])) for p in probes),
         "seed": seed,
         "model": {"name": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.dtype).removeprefix("torch.")},
-        "new_tokens": answer.NEW_TOKENS,
+        "new_tokens": work.asking.new_tokens,
+        "chat": all(p.chat for c in work.cases for p in c.probes),
         "metrics": metrics.VERSION,
         "versions": versions(),
         "efficiency": {

@@ -43,10 +43,30 @@ COSTS = {
 """What a run costs, by its name in a report's `efficiency`."""
 
 
+def spread(found: Mapping[str, Any]) -> str:
+    """An interval in words."""
+    return "too few cases" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
+
+
+def half(found: Mapping[str, Any]) -> str:
+    """Half the width of an interval, or nothing where there is none."""
+    return "" if found["low"] is None else "±" + f"{(found['high'] - found['low']) / 2:.2f}".removeprefix("0")
+
+
 def title(results: Results) -> str:
     """What was run."""
     methods = dict.fromkeys(r.about["method"] for r in results.reports)
     return f"{', '.join(methods)} on {results.reports[0].about['model']['name']}"
+
+
+def heading(results: Results) -> str:
+    """What stands over a table: how many methods on which model, by which cases, and how they were asked."""
+    data, count = results.about["data"], len({r.about["method"] for r in results.reports})
+    looked_at = results.about.get("known")
+    cases = f"{data['n']} cases" if looked_at is None else f"the {data['n']} of {looked_at} cases it knew"
+    model = results.reports[0].about["model"]["name"]
+    chat = ", edited and asked in chat" if results.about.get("chat") else ""
+    return f"{count} method{'s' * (count != 1)} on {model}, {cases} of {data['name']}{chat}"
 
 
 def provenance(results: Results) -> list[str]:
@@ -57,12 +77,18 @@ def provenance(results: Results) -> list[str]:
     regimes = "; ".join(f"{r}{_of(r, b)}: evaluated {e}" for r, e, b in seen)
     return [
         f"model {model['name']}, fingerprint {model['fingerprint']}, {model['dtype']}",
-        f"data {data['name'] or 'of the caller'}, {data['n']} cases, digest {data['digest'] or '–'}",
+        f"data {data['name'] or 'of the caller'}, {data['n']} cases, digest {data['digest'] or '–'}{_knew(results)}",
         f"regimes {regimes}",
         f"generated answers: greedy, to a natural stop, at most {first['new_tokens']} tokens"
-        + (", asked by the model's chat template" if results.about.get("chat") else ""),
-        f"intervals: bootstrap over cases, 95%, seed {first['seed']}; metrics version {first['metrics']}",
+        + ("; edits and questions are users' turns by the model's chat template" if results.about.get("chat") else ""),
+        f"intervals: 95%, bootstrap over cases, seed {first['seed']}; exact where all cases agree, none below 10 cases",
+        f"metrics: version {first['metrics']}",
     ]
+
+
+def _knew(results: Results) -> str:
+    looked_at = results.about.get("known")
+    return "" if looked_at is None else f"; they are those of the first {looked_at} that the model knew before"
 
 
 def _of(regime: str, batch: int) -> str:

@@ -1,7 +1,7 @@
 """What a model writes at length from a case's openings: is it varied (fluency), does it fit the new fact (consistency)?
 
-The protocol is `written`: greedy, up to `NEW_TOKENS` tokens. (ROME samples from the five likeliest tokens; the scores
-are the same functions, but of other texts, so a number from there is not one from here.)
+The protocol is `written`: greedy, up to `errata.ask.AT_LENGTH` tokens. (ROME samples from the five likeliest tokens;
+the scores are the same functions, but of other texts, so a number from there is not one from here.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from statistics import fmean
 
 from ..data import Case, Probe
 
-NEW_TOKENS = 100
 PROTOCOL = "written"
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 """Of the entropies of pairs and triples of words (Zhang et al. 2018, https://arxiv.org/abs/1809.05972; as in ROME)."""

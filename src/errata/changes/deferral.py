@@ -62,7 +62,7 @@ class Deferral(Remembered, kind="deferral"):
     @property
     def edits(self) -> list[Edit]:
         """The edits remembered."""
-        return [Edit(*texts) for texts in self.texts]
+        return [Edit.read(dict(zip(("prompt", "subject", "target"), texts, strict=True))) for texts in self.texts]
 
 
 class _Router:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
-from ..edit import Edit
+from ..edit import Edit, said
 from ..errors import UsageError
 
 Kind = Literal["efficacy", "paraphrase", "neighbourhood", "portability", "opening"]
@@ -33,22 +33,32 @@ class Probe:
     """Other ways to write the answer; any of them is right where the model answers in its own words."""
     aspect: str = ""
     """The data set's own name for what is asked, within the kind: `Reasoning`, `Subject_Aliasing`."""
+    chat: bool = False
+    """Whether the prompt is asked as a user's turn, by the tokenizer's chat template."""
+    gap: str | None = None
+    """What stands between prompt and answer, as in an edit."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"there is no kind of probe {self.kind!r}; known: {', '.join(KINDS)}")
         for part in ("prompt", "answer"):
-            if not getattr(self, part).strip():
-                raise UsageError(f"the {part} of a {self.kind} probe is empty")
-            object.__setattr__(self, part, getattr(self, part).strip(" "))
+            object.__setattr__(self, part, said(getattr(self, part), part, f"a probe ({self.kind})").strip(" "))
         if self.other is not None:
             object.__setattr__(self, "other", self.other.strip() or None)
         object.__setattr__(self, "aliases", tuple(a.strip() for a in self.aliases if a.strip()))
 
+    @classmethod
+    def of(cls, edit: Edit) -> Self:
+        """The question that an edit answers."""
+        return cls("efficacy", edit.text, edit.target, edit.truth, chat=edit.chat, gap=edit.gap)
+
 
 @dataclass(frozen=True)
 class Case:
-    """An edit and what judges it. The efficacy probe is derived from the edit and comes first (one for each edit)."""
+    """An edit and what judges it. The efficacy probe is derived from the edit and comes first (one for each edit).
+
+    Where the edit is made in a chat, all probes are asked in one.
+    """
 
     id: int | str
     """The data set's own number where it has one, otherwise that of the row."""
@@ -64,8 +74,9 @@ class Case:
     """Texts about things of which the new fact is true, to compare what it writes with."""
 
     def __post_init__(self) -> None:
-        asked = tuple(p for p in self.probes if p.kind != "efficacy")
-        efficacy = tuple(Probe("efficacy", e.text, e.target, e.truth) for e in self.edits)
+        chat = self.edit.chat
+        asked = tuple(replace(p, chat=p.chat or chat) for p in self.probes if p.kind != "efficacy")
+        efficacy = tuple(map(Probe.of, self.edits))
         object.__setattr__(self, "probes", (*efficacy, *asked))
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .. import text as texts
 from ..edit import Edit
 from ..errors import ErrataError, UsageError
 
@@ -46,9 +47,9 @@ class Row:
     def made(self, prompt: str, subject: str, target: str, truth: str | None, field: str) -> Edit:
         """The edit of these texts; `field` is named where they don't make one. The subject may be in other letters
         (`rick mahler`), and is then written as in the prompt."""
-        if "{}" not in prompt and subject not in prompt:
-            at = prompt.lower().rfind(subject.lower())
-            subject = prompt[at : at + len(subject)] if at >= 0 else subject
+        if "{}" not in prompt and texts.find(prompt, subject) is None:
+            at = texts.find(prompt.lower(), subject.lower()) if len(prompt.lower()) == len(prompt) else None
+            subject = prompt[slice(*at)] if at else subject
         try:
             return Edit(prompt, subject, target, truth)
         except UsageError as error:
