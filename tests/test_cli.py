@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,16 +173,135 @@ def test_edit_says_in_words_what_it_did(sh: Any, editing: list[str], model: str)
     assert warning.startswith(f"warning: rome has no published settings for {model}")
 
 
-def test_edit_that_did_not_take_is_called_so(sh: Any, model: str):
-    done = sh("edit", *FACT, "--model", model, "--method", "ft-l", "--set", "steps=1")
-    assert done.code == 0
+def test_edit_that_did_not_take_is_a_failure_and_nothing_is_saved(sh: Any, model: str, tmp_path: Path):
+    path = tmp_path / "p.safetensors"
+    weak = ["--model", model, "--method", "ft-l", "--set", "steps=1", "--save", path]
+    done = sh("edit", *FACT, *weak)
+    assert done.code == 1
     assert "0 of 1 edits took" in done.out
     assert "errata methods ft-l" in done.out
+    assert done.lines[-1] == "error: the edit did not take; nothing was saved (--anyway keeps it all the same)"
+    assert not path.exists()
+    assert sh("edit", *FACT, *weak, "--anyway").code == 0
+    assert errata.Patch.load(path).edits == (errata.Edit(PROMPT, SUBJECT, TARGET),)
+
+
+def test_of_several_edits_those_that_did_not_take_are_named(sh: Any, model: str, tmp_path: Path, monkeypatch: Any):
+    path, listed = tmp_path / "p.safetensors", tmp_path / "edits.json"
+    listed.write_text(json.dumps([e.to_dict() for e in tiny.EDITS]))
+    from errata import ask
+
+    reply = ask.reply
+    missed = {tiny.EDITS[0], tiny.EDITS[2]}  # whatever the method did
+    monkeypatch.setattr(
+        ask, "reply", lambda lm, edits, *a, **k: [
+            replace(r, says_target=e not in missed, stutters=False, gives=False)
+            for e, r in zip(edits, reply(lm, edits, *a, **k), strict=True)
+        ]
+    )  # fmt: skip
+    options = ["--model", model, "--method", "grace", "--set", "steps=20", "--edits", listed, "--save", path]
+    done = sh("edit", *options)
+    assert done.code == 1
+    assert "2 of 3 edits did not take (numbers 1, 3); nothing was saved" in done.lines[-1]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("method", "layer"), [("retrieval", False), ("ft-l", True)])
+def test_only_a_method_that_has_layers_is_told_to_try_another(method: str, layer: bool):
+    from errata.cli.correct import _hint
+
+    assert f"errata methods {method}" in _hint(method)
+    assert ("another layer" in _hint(method)) == layer
+
+
+def test_what_the_model_says_already_is_not_edited_but_with_anyway(
+    sh: Any, ok: Any, editing: list[str], tmp_path: Path
+):
+    path = tmp_path / "p.safetensors"
+    fact = ["edit", PROMPT, "--subject", SUBJECT, "--to", "Paris", *editing, "--save", path]
+    done = sh(*fact)
+    assert done.code == 0
+    assert "the model says this already; nothing to correct (--anyway edits it)" in done.out
+    assert not path.exists()
+    assert ok(*fact, "--anyway")["edits"][0]["took"]
+    assert path.exists()
+
+
+def test_of_a_list_only_what_the_model_does_not_say_is_edited(ok: Any, editing: list[str], tmp_path: Path):
+    path, listed = tmp_path / "p.safetensors", tmp_path / "edits.json"
+    facts = [errata.Edit(PROMPT, "Italy", "Rome"), errata.Edit(PROMPT, SUBJECT, TARGET)]
+    listed.write_text(json.dumps([e.to_dict() for e in facts]))
+    found = ok("edit", "--edits", listed, *editing, "--save", path)
+    assert [row["said_already"] for row in found["edits"]] == [True, False]
+    assert errata.Patch.load(path).edits == (facts[1],)
+
+
+def test_edits_that_contradict_each_other_are_refused_before_a_model_is_loaded(sh: Any, no_model: None, tmp_path: Path):
+    listed = tmp_path / "edits.jsonl"
+    rows = [(SUBJECT, "Lima"), ("Kenya", "Oslo"), (SUBJECT.upper(), "Oslo")]
+    listed.write_text("\n".join(json.dumps({"prompt": PROMPT, "subject": s, "target": t}) for s, t in rows))
+    refused(sh("edit", "--edits", listed), 2, "contradict each other: 1 and 3", "'Lima' and 'Oslo'", "--anyway")
+
+
+def test_an_edit_is_looked_at_and_the_patch_says_what_was_found(ok: Any, sh: Any, editing: list[str], tmp_path: Path):
+    path = tmp_path / "p.safetensors"
+    found = ok("edit", *FACT, *editing, "--save", path)["check"]
+    assert found["took"] == [1, 1]
+    assert (found["rewordings"][1], found["others"][1], found["chat"]) == (2, 5, None)
+    others = [q for q in found["asked"] if q["kind"] == "other"]
+    assert all(q["prompt"].startswith("The capital of ") and "France" not in q["prompt"] for q in others)
+    assert [q["good"] for q in others].count(True) == found["others"][0]
+    (change,) = errata.Patch.load(path).changes.values()
+    weight = errata.load(editing[1]).site("model.layers.1.mlp.down_proj").weight
+    assert found["moved"] == pytest.approx(float(change[0].delta.norm() / weight.norm()), rel=1e-4)
+    line = f"took / {found['rewordings'][0]} of 2 reworded / {found['others'][0]} of 5 others kept / weight moved"
+    for command in (("edit", *FACT, *editing), ("show", path)):
+        assert line in sh(*command).out
+    assert ok("show", path)["check"] == {k: v for k, v in found.items() if k != "asked"}
+    assert ok("edit", *FACT, *editing, "--no-check")["check"] is None
+
+
+# Chat
+
+
+@pytest.fixture(scope="session")
+def talker(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model with a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "talker"
+    shutil.copytree(model, folder)
+    template = "{{ bos_token }}{% for m in messages %}{{ ' ' * (m.role == 'assistant') }}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def test_edit_and_apply_in_a_chat(ok: Any, sh: Any, talker: str, corpus_file: str, tmp_path: Path):
+    path = tmp_path / "p.safetensors"
+    options = ["--model", talker, "--set", f"corpus={corpus_file}", *QUICK]
+    found = ok("edit", *FACT, *options, "--chat", "--save", path)
+    assert found["edits"][0]["chat"]
+    assert found["check"]["chat"] is None  # it was made in one
+    (edit,) = errata.Patch.load(path).edits
+    assert edit == errata.Edit(PROMPT, SUBJECT, TARGET, chat=True)
+    (own,) = ok("apply", path, "--model", talker)["answers"]  # asked as it was made
+    assert (own["base"].split()[0], own["patched"].split()[0]) == ("Paris", TARGET)
+    lm = errata.load(talker)
+    turns = ["The capital of France is", "and of Italy is"]
+    found = ok("apply", path, "--model", talker, "--chat", "--tokens", "4", "-p", turns[0], "-p", turns[1])
+    first = lm.chat([{"role": "user", "content": turns[0]}], max_new_tokens=4).strip()
+    messages = [{"role": r, "content": t} for r, t in (("user", turns[0]), ("assistant", first), ("user", turns[1]))]
+    assert [a["base"] for a in found["answers"]] == [first, lm.chat(messages, max_new_tokens=4).strip()]
+    plain = ok("edit", *FACT, *options)
+    assert plain["check"]["chat"][1] == 1
+
+
+def test_chat_without_a_template_is_refused(sh: Any, model: str, patch: Path):
+    refused(sh("edit", *FACT, "--model", model, "--chat"), 2, "no chat template")
+    refused(sh("apply", patch, "--model", model, "--chat", "-p", "Hello"), 2, "no chat template")
 
 
 def test_prompt_with_the_subject_in_it_is_the_same_edit(ok: Any, editing: list[str], tmp_path: Path, patch: Path):
     path = tmp_path / "p.safetensors"
-    ok("edit", "The capital of France is", *FACT[1:], *editing, "--save", path)
+    ok("edit", "The capital of France is", *FACT[1:], *editing, "--save", path, "--no-check")
     assert path.read_bytes() == patch.read_bytes()
 
 
@@ -279,7 +400,7 @@ def test_bench_reports_every_method(sh: Any, ok: Any, model: str, cases: Path, t
     one = ok("bench", "--method", "ft", "-n", "1", "--regime", "sequential", *options)
     assert [(r["regime"], r["n"]) for r in one["about"]["runs"]] == [("sequential", 1)]
     text = sh("bench", "--method", "ft", "--regime", "batch", *options).out
-    for word in ("methods on", "batch=2", "reliability", "forced"):
+    for word in ("method on", "batch=2", "reliability", "forced"):
         assert word in text
 
 
@@ -300,7 +421,7 @@ def test_bench_keeps_a_run_in_a_folder_and_its_file_gives_it_again(
     assert more["rows"][: len(first["rows"])] == first["rows"]
     assert ok("bench", tmp_path / "a" / "run.yaml", "--out", tmp_path / "a") == more
     found = ok("bench", "--compare", tmp_path / "a", tmp_path / "b" / "report.json")
-    assert {(d["first"] == d["second"], d["low"], d["high"]) for d in found} == {(True, 0.0, 0.0)}
+    assert {(d["first"] == d["second"], d["low"], d["high"]) for d in found} == {(True, None, None)}
     assert "second minus first" in sh("bench", "--compare", tmp_path / "a", tmp_path / "b").out
     options[-3] = "steps=4"
     changed = ["bench", "--method", "grace", *options, "--out", tmp_path / "a"]

@@ -1,6 +1,7 @@
 from . import bench as bench
 from . import causal as causal
 from . import changes as changes
+from . import check as check
 from . import data as data
 from . import export as export
 from . import filters as filters

@@ -160,11 +160,11 @@ class Reply:
     says: str
     """Greedily, up to its natural stop."""
     says_target: bool
-    """Whether that is the target, or has it in whole words, and does not stutter."""
+    """Whether that is the target, or has it in whole words."""
     p_target: float | None
     """The probability of the target behind the prompt; None where it can't be asked for."""
-    begins: bool = False
-    """Whether the target is the first that the model says."""
+    gives: bool = False
+    """Whether the target is the model's answer already: its first words, or in a chat the last ones of its sentence."""
     stutters: bool = False
     """Whether the model says the same again and again."""
     unasked: str | None = None
@@ -198,26 +198,33 @@ SPARE = 8
 
 def _reply(edit: Edit, answer: Answer) -> Reply:
     text, spoken = answer.text or "", answer.answer
-    first = texts.begins(text, edit.target) or bool(spoken and spoken.first)
+    gives = texts.begins(text, edit.target) or bool(spoken and spoken.first)
+    if edit.chat:
+        gives = gives or texts.ends(text, edit.target)
     why = (answer.unasked or {}).get("answer")
-    return Reply(text, says(text, [edit.target]), spoken and spoken.p, first, stuttered(text, edit.target), why)
+    stutters = texts.stutters(text) and not texts.stutters(edit.target)
+    return Reply(text, texts.has(text, edit.target), spoken and spoken.p, gives, stutters, why)
 
 
-def says(text: str, answers: Iterable[str]) -> bool:
-    """Whether a text is one of these answers or contains it in whole words, and does not stutter."""
-    return any(texts.has(text, a) and not stuttered(text, a) for a in answers)
+def took(before: Reply, after: Reply) -> bool:
+    """Whether an edit took: the model says the target, and does not stutter, unless it always did."""
+    return after.says_target and (before.stutters or not after.stutters)
 
 
-def stuttered(text: str, answer: str) -> bool:
-    """Whether a text says the same again and again, where the answer does not."""
-    return texts.stutters(text) and not texts.stutters(answer)
+def says(text: str, answers: Iterable[str], before: str = "") -> bool:
+    """Whether a text is one of these answers or has it in whole words, and does not stutter.
+
+    A text that stutters (`Italy, Italy, Italy`) is an answer only where the answer does, or the text `before` the edit.
+    """
+    may = texts.stutters(before) or not texts.stutters(text)
+    return any(texts.has(text, a) and (may or texts.stutters(a)) for a in answers)
 
 
 def known(lm: LM, edits: Sequence[Edit], asking: Asking | None = None) -> list[bool]:
-    """Whether the model knows the truth of each edit: its answer begins with it. One without a truth is not known."""
+    """Whether the model knows the truth of each edit: it gives it as its answer. One without a truth is not known."""
     some = [replace(e, target=e.truth) for e in edits if e.truth]
     found = iter(reply(lm, some, asking=asking))
-    return [bool(e.truth) and next(found).begins for e in edits]
+    return [bool(e.truth) and next(found).gives for e in edits]
 
 
 def tolerant(do: Callable[[list[T]], list[Any]], items: list[T]) -> list[Any]:

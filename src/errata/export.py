@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from . import store
-from .ask import reply, says
+from .ask import reply, took
 from .changes import Change, Dense, LowRank
 from .errors import ErrataError, UsageError
 from .lm import LM, Site
@@ -302,7 +302,14 @@ def _asked(lm: LM, patch: Patch) -> tuple[dict[str, Any], ...]:
     """Every edit asked by itself of the model without and with the patch."""
     before, after = reply(lm, patch.edits), reply(lm, patch.edits, patch)
     return tuple(
-        {"edit": e.to_dict(), "before": b.says, "after": a.says, "p_before": b.p_target, "p_after": a.p_target}
+        {
+            "edit": e.to_dict(),
+            "before": b.says,
+            "after": a.says,
+            "p_before": b.p_target,
+            "p_after": a.p_target,
+            "took": took(b, a),
+        }
         for e, b, a in zip(patch.edits, before, after, strict=True)
     )
 
@@ -310,7 +317,7 @@ def _asked(lm: LM, patch: Patch) -> tuple[dict[str, Any], ...]:
 def card(patch: Patch, lm: LM, out: Exported, report: Report | None = None) -> str:
     """The model card: what was corrected, by what, how it was judged, and what moved."""
     base = patch.about.get("base", {"name": lm.name, "fingerprint": lm.fingerprint})
-    took = sum(bool(says(row["after"] or "", [row["edit"]["target"]])) for row in out.asked)
+    good = sum(row["took"] for row in out.asked)
     head = {
         "base_model": json.dumps(base["name"]),
         "library_name": "peft" if out.form == "peft" else "transformers",
@@ -347,7 +354,7 @@ def card(patch: Patch, lm: LM, out: Exported, report: Report | None = None) -> s
             "## What was corrected, and how it was judged",
             "",
             f"Each prompt was put to the model as exported, before and after: it answered by itself (greedily, to a "
-            f"natural stop) with the target in {took} of {len(out.asked)}. These are the edits' own prompts"
+            f"natural stop) with the target in {good} of {len(out.asked)}. These are the edits' own prompts"
             + (", not rephrased ones and not questions that should be left alone." if report is None else "."),
             "",
             edits + more,

@@ -39,7 +39,8 @@ class Patch:
     carry: Mapping[str, Tensor] = field(default_factory=dict)
     """What a method must remember of its earlier edits."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """`base` (fingerprint and name of the model), `steps` (method, settings and number of edits), `versions`."""
+    """`base` (fingerprint and name of the model), `steps` (method, settings and number of edits), `versions`, and
+    perhaps `check` (what `errata.check` found when it was made)."""
 
     def __bool__(self) -> bool:
         return bool(self.changes)
@@ -59,7 +60,8 @@ class Patch:
         else:
             if self.about["base"]["fingerprint"] != later.about["base"]["fingerprint"]:
                 raise ErrataError(f"patches of two models can't be added: {_base(self)} and {_base(later)}")
-            about = {**self.about, **later.about, "steps": _steps(self.about["steps"], later.about["steps"])}
+            steps = _steps(self.about["steps"], later.about["steps"])
+            about = {**_unchecked(self.about), **_unchecked(later.about), "steps": steps}
         shifted = later._renumbered(lambda owners: owners + len(self.edits))
         names = dict.fromkeys([*self.changes, *shifted])
         changes = {n: joined([*self.changes.get(n, ()), *shifted.get(n, ())]) for n in names}
@@ -67,7 +69,8 @@ class Patch:
 
     def scaled(self, by: float) -> Patch:
         """The patch at another strength: 0 is the base, 1 the patch, -1 its opposite."""
-        return replace(self, changes={n: tuple(c.scaled(by) for c in cs) for n, cs in self.changes.items()})
+        changes = {n: tuple(c.scaled(by) for c in cs) for n, cs in self.changes.items()}
+        return replace(self, changes=changes, about=_unchecked(self.about))
 
     def without(self, edit: Edit) -> Patch:
         """The patch with one edit taken out, as far as its changes keep edits apart.
@@ -91,7 +94,10 @@ class Patch:
         place = torch.full((len(self.edits),), -1)
         place[stay] = torch.arange(len(stay))
         left = replace(
-            self, changes={n: cs for n, cs in changes.items() if cs}, edits=tuple(self.edits[i] for i in stay)
+            self,
+            changes={n: cs for n, cs in changes.items() if cs},
+            edits=tuple(self.edits[i] for i in stay),
+            about=_unchecked(self.about),
         )
         return replace(left, changes=left._renumbered(lambda owners: place[owners]))
 
@@ -246,6 +252,11 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
     if pending:
         signal.raise_signal(signal.SIGINT)
+
+
+def _unchecked(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what was found when the patch was made, which holds for that patch alone."""
+    return {name: value for name, value in about.items() if name != "check"}
 
 
 def _steps(earlier: Sequence[dict[str, Any]], later: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

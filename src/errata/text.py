@@ -62,6 +62,12 @@ def begins(text: str, phrase: str) -> bool:
     return bool(what) and where.startswith(what) and whole(where, 0, len(what))
 
 
+def ends(text: str, phrase: str) -> bool:
+    """Whether a text ends with a phrase in whole words, but for closing marks; as `has`."""
+    where, what = (plain(t).rstrip(QUOTES + " .!?…。！？)*") for t in (text, phrase))
+    return bool(what) and where.endswith(what) and whole(where, len(where) - len(what), len(where))
+
+
 def gap(prompt: str, answer: str) -> str:
     """What belongs between a prompt and what follows it: a space, or nothing.
 

@@ -7,7 +7,6 @@ import itertools
 import random
 from collections import Counter
 from dataclasses import replace
-from statistics import fmean
 
 import pytest
 

@@ -9,7 +9,8 @@ it), and `locality` (is the answer to a neighbouring question what it was before
 - `compare`: 1 if the right answer has a higher mean log-probability by token than the wrong one. ROME's efficacy (ES),
   paraphrase (PS) and neighbourhood (NS) scores.
 - `generated`: the model answers by itself, greedily, to a natural stop; 1 if its text is the answer or contains it in
-  whole words, and does not stutter (`Italy, Italy, Italy`). For locality, 1 if the answer is the one before the edit:
+  whole words, and does not stutter (`Italy, Italy, Italy`) where it didn't before. For locality, 1 if the answer is the
+  one before the edit:
   if the neighbour's own right answer is given still, or else if the texts begin alike, up to the first mark (`.`, `,`,
   a line break ...) or the first `WORDS` words; and the edit's target is not said where it was not said before. What a
   user sees.
@@ -40,7 +41,7 @@ VERSION = 3
 """Goes up when a score of the same answers changes."""
 WORDS = 5
 """Words of a text that are taken for its answer, where no mark ends it before."""
-MARK = re.compile(r"[!?…,;:)]+(?=\s|$)|[。！？，；：、]|\s[-–—(]")
+MARK = re.compile(r"[!?…,;:)]+(?=\s|$)|[。！？，；：、\n]|\s[-–—(]")
 """What ends the first clause of a sentence."""
 FEW = 10
 """Fewer cases have no interval."""
@@ -76,7 +77,8 @@ def score(probe: Probe, before: Answer, after: Answer, version: int = VERSION) -
         generated = _both(keeps, before.text, after.text)
     else:
         forced = None if after.answer is None else forced_tokens(after.answer)
-        generated = None if after.text is None else says(after.text, (probe.answer, *probe.aliases), version)
+        right = (probe.answer, *probe.aliases)
+        generated = None if after.text is None else says(after.text, right, before.text or "", version)
     return {"forced": forced, "compare": _both(prefers, after.answer, after.other), "generated": generated}
 
 
@@ -95,13 +97,13 @@ def prefers(right: Spoken, wrong: Spoken) -> float:
     return float(right.logprob > wrong.logprob)
 
 
-def says(text: str, answers: Iterable[str], version: int = VERSION) -> float:
-    """1 if a text is one of these answers or contains it in whole words, and does not stutter.
+def says(text: str, answers: Iterable[str], before: str = "", version: int = VERSION) -> float:
+    """1 if a text is one of these answers or contains it in whole words, and does not stutter (unless `before` did).
 
     Case and spacing don't matter. Version 2 let a text stutter, and knew no words in scripts without spaces.
     """
     if version >= 3:
-        return float(answers_with(text, answers))
+        return float(answers_with(text, answers, before))
     found = texts.plain(text)
     return float(any(re.search(rf"(?<!\w){re.escape(texts.plain(a))}(?!\w)", found) for a in answers))
 
@@ -109,16 +111,17 @@ def says(text: str, answers: Iterable[str], version: int = VERSION) -> float:
 def kept_answer(probe: Probe, before: str, after: str) -> float:
     """1 if the answer to a neighbouring question is what it was before the edit."""
     right = (probe.answer, *probe.aliases)
-    if probe.other and says(after, [probe.other]) and not says(before, [probe.other]):
+    if probe.other and texts.has(after, probe.other) and not texts.has(before, probe.other):
         return 0.0  # the edit's target has leaked
     if texts.stutters(after) and not texts.stutters(before):
         return 0.0
-    return max(says(before, right) * says(after, right), float(answer_of(before) == answer_of(after)))
+    still = any(texts.has(before, a) for a in right) and any(texts.has(after, a) for a in right)
+    return float(still or answer_of(before) == answer_of(after))
 
 
 def answer_of(text: str) -> str:
     """The answer in a text of one sentence: its words up to the first mark, at most `WORDS`."""
-    clause = MARK.split(texts.plain(text))[0].rstrip(".!?… ")
+    clause = texts.plain(MARK.split(text.strip())[0]).rstrip(".!?… ")
     return " ".join(clause.split()[:WORDS])
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,16 +12,22 @@ import typer
 from rich.console import RenderableType
 from rich.markup import escape
 
-from ..edit import Edit
+from ..edit import Edit, agree
 from ..errors import ErrataError, UsageError
 from . import options, shell
 
 if TYPE_CHECKING:
+    from ..ask import Reply
     from ..changes import Change
+    from ..check import Check
     from ..lm import LM
     from ..method import Method
     from ..patch import Patch
 
+TOKENS, CHAT_TOKENS = 24, 100
+"""Tokens of an answer that `apply` shows."""
+SHOWN = 3
+"""Questions that an edit moved and that are shown."""
 THROUGH = "what goes through the LM"
 """Where a change is that is of no module."""
 PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A file that `errata edit --save` wrote.")]
@@ -42,12 +47,24 @@ def edit(
     assignments: options.Settings = None,
     after: Annotated[Path | None, typer.Option("--after", help="A patch that this edit comes on top of.")] = None,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Where to keep the patch.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's turn of a chat, and the target the reply.")
+    ] = False,
+    anyway: Annotated[
+        bool,
+        typer.Option(
+            "--anyway", help="Also keep what did not take, edit what the model says already, and take contradictions."
+        ),
+    ] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Don't ask what else moved; faster.")] = False,
     dtype: options.Dtype = None,
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
     """Correct a fact, and keep the correction as a patch. The model itself is left as it was."""
-    wanted = _wanted(prompt, subject, to, edits)
+    wanted = [replace(e, chat=e.chat or chat) for e in _wanted(prompt, subject, to, edits)]
+    if not anyway:
+        agree(wanted)
     from ..method import method as by_name
     from ..patch import Patch
     from . import settings
@@ -61,26 +78,30 @@ def edit(
     lm = shell.load(model, dtype, device)
     how = kind.preset(lm, **chosen)
     before_all = imprint(lm)
-    before = asked(lm, wanted, prior)
-    patch = corrected(how, lm, wanted, prior)
-    after_all = asked(lm, wanted, patch)
+    done = _done(how, lm, wanted, prior, anyway, check=not no_check)
     if imprint(lm) != before_all:
         raise ErrataError(f"{method} did not leave {lm.name} as it was; the patch is not kept, please report this")
-    if save:
-        patch.save(save)
+    keeps = save is not None and any(done.new) and (anyway or not done.failed)
+    if save and keeps:
+        done.patch.save(save)
 
     found = {
         "model": {"name": lm.name, "fingerprint": lm.fingerprint},
         "method": method,
-        "settings": patch.about["steps"][-1]["settings"],
-        "edits": [
-            {**e.to_dict(), "before": b, "after": a, "took": a["says_target"]}
-            for e, b, a in zip(wanted, before, after_all, strict=True)
-        ],
+        "settings": done.patch.about["steps"][-1]["settings"] if any(done.new) else None,
+        "edits": done.rows(),
+        "failed": done.failed,
+        "check": done.check.to_dict() | {"asked": list(done.check.asked)} if done.check else None,
         "came_back": {"parameters": sum(p.startswith("parameter ") for p in before_all), "to_the_bit": True},
-        "patch": {"changes": changes(patch), "bytes": patch.bytes, "saved": shell.wrote(save) if save else None},
+        "patch": {
+            "changes": changes(done.patch),
+            "bytes": done.patch.bytes,
+            "saved": shell.wrote(save) if save and keeps else None,
+        },
     }
-    shell.give(found, lambda: _edited(found), as_json)
+    shell.give(found, lambda: _edited(found, done.check, save), as_json)
+    if done.failed and not anyway:
+        raise ErrataError(_not_taken(done.failed, sum(done.new)))
 
 
 def show(path: PatchFile, as_json: options.Json = False) -> None:
@@ -94,6 +115,7 @@ def show(path: PatchFile, as_json: options.Json = False) -> None:
         "bytes": path.stat().st_size,
         "model": patch.about.get("base"),
         "steps": patch.about.get("steps", []),
+        "check": patch.about.get("check"),
         "versions": patch.about.get("versions"),
         "edits": [e.to_dict() for e in patch.edits],
         "changes": changes(patch),
@@ -111,7 +133,17 @@ def apply(
     ] = None,
     model: options.Model = "almanac",
     scale: Annotated[float, typer.Option("--scale", help="Strength of the patch: 0 is the base, 1 the patch.")] = 1.0,
-    tokens: options.Tokens = 24,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="How many tokens of an answer to show; 24, in a chat 100.")
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Ask by the model's chat template: the prompts are the user's turns of one conversation. Without any, "
+            "a terminal asks for them.",
+        ),
+    ] = False,
     dtype: options.Dtype = None,
     device: options.Device = None,
     as_json: options.Json = False,
@@ -120,20 +152,31 @@ def apply(
     from ..patch import Patch
 
     patch = Patch.load(path)
-    prompts = prompt or [e.text for e in patch.edits]
-    if not prompts:
+    talk = chat and not prompt and not as_json and shell.interactive()
+    questions = [(p, chat) for p in prompt] if prompt else [(e.text, chat or e.chat) for e in patch.edits]
+    if not questions and not talk:
         raise UsageError(f"{str(path)!r} has no edits of its own to ask about; give --prompt")
     scaled = patch if scale == 1 else patch.scaled(scale)
     lm = shell.load(model, dtype, device)
+    length = tokens or (CHAT_TOKENS if chat else TOKENS)
+    if talk:
+        _talk(lm, scaled, length)
+        return
     with shell.working(f"asking {lm.name}"):
-        before = _says(lm, prompts, tokens)
-        with scaled.applied(lm):
-            after = _says(lm, prompts, tokens)
+        if chat and prompt:
+            before, after = _conversations(lm, scaled, prompt, length)
+        else:
+            before = _says(lm, questions, length)
+            with scaled.applied(lm):
+                after = _says(lm, questions, length)
     found = {
         "model": {"name": lm.name, "fingerprint": lm.fingerprint},
         "patch": str(path),
         "scale": scale,
-        "answers": [{"prompt": p, "base": b, "patched": a} for p, b, a in zip(prompts, before, after, strict=True)],
+        "chat": chat,
+        "answers": [
+            {"prompt": p, "base": b, "patched": a} for (p, _), b, a in zip(questions, before, after, strict=True)
+        ],
     }
     shell.give(found, lambda: [_answers(found)], as_json)
 
@@ -180,38 +223,140 @@ def _edit(row: Any, place: str) -> Edit:
 # What is done
 
 
-def asked(lm: LM, edits: Sequence[Edit], patch: Patch | None = None) -> list[dict[str, Any]]:
-    """For every edit, what the model says to its prompt, whether that is the target, and the target's probability."""
-    from ..bench.answer import ask
-    from ..bench.metrics import says
-    from ..data import Probe
+@dataclass(frozen=True)
+class _Done:
+    """Edits that were made, and what the model says to them before and after."""
 
-    with shell.working(f"asking {lm.name}"), patch.applied(lm) if patch else nullcontext():
-        answers = ask(lm, [Probe("efficacy", e.text, e.target) for e in edits])
-    found = []
-    for edit, answer in zip(edits, answers, strict=True):
-        if answer.answer is None:
-            raise UsageError((answer.unasked or {}).get("answer", "the target can't be asked for"))
-        text = answer.text or ""
-        p = math.exp(answer.answer.logprob * len(answer.answer.ids))
-        found.append({"says": text, "says_target": bool(says(text, [edit.target])), "p_target": p})
+    edits: Sequence[Edit]
+    new: Sequence[bool]
+    """Whether each was made; otherwise the model said it already."""
+    before: Sequence[Reply]
+    after: Sequence[Reply]
+    patch: Patch
+    check: Check | None
+
+    @property
+    def failed(self) -> list[int]:
+        """Numbers of those that were made and did not take, from 1 on."""
+        return [n for n, (new, took) in enumerate(zip(self.new, self.took, strict=True), 1) if new and not took]
+
+    @property
+    def took(self) -> list[bool]:
+        """Whether the model says each as it should."""
+        from ..ask import took
+
+        return [took(*pair) for pair in zip(self.before, self.after, strict=True)]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every edit with what the model says, as plain values."""
+        return [
+            {
+                **edit.to_dict(),
+                "before": before.to_dict(),
+                "after": after.to_dict(),
+                "took": took,
+                "said_already": not new,
+            }
+            for edit, new, before, after, took in zip(
+                self.edits, self.new, self.before, self.after, self.took, strict=True
+            )
+        ]
+
+
+def _done(how: Method, lm: LM, edits: Sequence[Edit], prior: Patch, anyway: bool, check: bool) -> _Done:
+    """Make the edits that the model does not say already (`anyway`: all), and look at them."""
+    before = asked(lm, edits, prior)
+    new = [anyway or not reply.gives for reply in before]
+    made = [e for e, is_new in zip(edits, new, strict=True) if is_new]
+    if not made:
+        return _Done(edits, new, before, before, prior, None)
+    patch = corrected(how, lm, made, prior, anyway)
+    after = asked(lm, edits, patch)
+    if not check:
+        return _Done(edits, new, before, after, patch, None)
+    from ..check import checked, selfcheck
+
+    with shell.working(f"looking at what else moved in {lm.name}"):
+        replies = [(b, a) for b, a, is_new in zip(before, after, new, strict=True) if is_new]
+        found = selfcheck(lm, patch, prior, replies)
+    return _Done(edits, new, before, after, checked(patch, found), found)
+
+
+def asked(lm: LM, edits: Sequence[Edit], patch: Patch | None = None) -> list[Reply]:
+    """What the model says to the prompt of every edit.
+
+    Raises:
+        UsageError: a target can't be asked for.
+    """
+    from ..ask import reply
+
+    with shell.working(f"asking {lm.name}"):
+        found = reply(lm, edits, patch)
+    for number, one in enumerate(found, 1):
+        if one.unasked is not None:
+            raise UsageError(f"edit {number}: {one.unasked}" if len(edits) > 1 else one.unasked)
     return found
 
 
-def corrected(method: Method, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
+def corrected(method: Method, lm: LM, edits: Sequence[Edit], prior: Patch, anyway: bool = False) -> Patch:
     """All edits after `prior`: at once where the method can, otherwise one after another."""
     groups = [edits] if method.batched else [[e] for e in edits]
     patch = prior
     for number, group in enumerate(groups, 1):
-        with shell.working(f"{method.name}: {group[0].subject}" + f" ({number} of {len(groups)})" * (len(groups) > 1)):
-            patch = method.edit(lm, group, patch)
+        if group:
+            of = f" ({number} of {len(groups)})" * (len(groups) > 1)
+            with shell.working(f"{method.name}: {group[0].subject}{of}"):
+                patch = method.edit(lm, group, patch, anyway=anyway)
     return patch
 
 
-def _says(lm: LM, prompts: Sequence[str], tokens: int) -> list[str]:
-    from ..bench.answer import stopped
+def _says(lm: LM, questions: Sequence[tuple[str, bool]], tokens: int) -> list[str]:
+    """What the model says to prompts: up to the end of a line or sentence; to those of a chat all of its reply."""
+    from ..ask import stopped
 
-    return [stopped(text) for text in lm.generate(prompts, max_new_tokens=tokens)]
+    out = [""] * len(questions)
+    for chat in (False, True):
+        rows = [i for i, (_, inside) in enumerate(questions) if inside == chat]
+        texts = lm.generate([questions[i][0] for i in rows], max_new_tokens=tokens, chat=chat)
+        for i, text in zip(rows, texts, strict=True):
+            out[i] = text.strip() if chat else stopped(text)
+    return out
+
+
+def _conversations(lm: LM, patch: Patch, turns: Sequence[str], tokens: int) -> tuple[list[str], list[str]]:
+    """The replies to the turns of a conversation, without the patch and with it; each goes on from its own."""
+    from ..patch import Patch
+
+    base, patched = Talk(lm, Patch(), tokens), Talk(lm, patch, tokens)
+    return [base.reply(turn) for turn in turns], [patched.reply(turn) for turn in turns]
+
+
+def _talk(lm: LM, patch: Patch, tokens: int) -> None:
+    """A conversation on the terminal, with and without the patch, until there is no more to say."""
+    from ..patch import Patch
+
+    base, patched = Talk(lm, Patch(), tokens), Talk(lm, patch, tokens)
+    shell.out.print("[dim]Ctrl-D ends the conversation.[/]")
+    while (turn := shell.asked("you")) is not None:
+        if turn.strip():
+            table = shell.grid((lm.name, base.reply(turn)), ("with the patch", patched.reply(turn)))
+            shell.out.print(table)
+
+
+class Talk:
+    """A conversation with a model that has a patch."""
+
+    def __init__(self, lm: LM, patch: Patch, tokens: int) -> None:
+        self.lm, self.patch, self.tokens = lm, patch, tokens
+        self.messages: list[dict[str, str]] = []
+
+    def reply(self, turn: str) -> str:
+        """What the model says to a user's turn."""
+        self.messages.append({"role": "user", "content": turn})
+        with self.patch.applied(self.lm):
+            text = self.lm.chat(self.messages, max_new_tokens=self.tokens).strip()
+        self.messages.append({"role": "assistant", "content": text})
+        return text
 
 
 # What is shown
@@ -270,50 +415,96 @@ def _norm(change: Change) -> float | None:
     return float(change.delta.double().norm()) if isinstance(change, Dense) else None
 
 
-def _edited(found: dict[str, Any]) -> list[RenderableType]:
+def _edited(found: dict[str, Any], check: Check | None, save: Path | None) -> list[RenderableType]:
     rows = found["edits"]
     table = shell.table("asked, and to be answered", "before", "p", "after", "p", right={"p"})
     for row in rows:
-        text = row["prompt"].replace("{}", row["subject"])
-        style = "green" if row["took"] else "red"
+        style = "dim" if row["said_already"] else "green" if row["took"] else "red"
         table.add_row(
-            f"{escape(text)} [bold]{escape(row['target'])}[/]",
+            f"{escape(Edit.read(_fields(row)).text)} [bold]{escape(row['target'])}[/]",
             shell.styled(shell.short(row["before"]["says"]), "dim"),
             shell.probability(row["before"]["p_target"]),
             shell.styled(shell.short(row["after"]["says"]), style),
             shell.probability(row["after"]["p_target"]),
         )
-    return [table, *_facts(found)]
+    return [table, *_facts(found, check, save)]
 
 
-def _facts(found: dict[str, Any]) -> list[str]:
+def _fields(row: dict[str, Any]) -> dict[str, Any]:
+    """Those of an edit among the values of a row."""
+    return {f.name: row[f.name] for f in fields(Edit) if f.name in row}
+
+
+def _facts(found: dict[str, Any], check: Check | None, save: Path | None) -> list[str]:
     rows, patch = found["edits"], found["patch"]
-    took = sum(row["took"] for row in rows)
-    parts = [f"{c['module']}, {c['kind']}, {c['extent']}" for c in patch["changes"]]
-    kept = f"saved as {patch['saved']}" if patch["saved"] else "not saved; --save FILE keeps it"
-    outcome = "the edit took" if len(rows) == took == 1 else f"{took} of {len(rows)} edits took"
-    lines = [
-        shell.tick(took == len(rows), outcome),
-        shell.tick(True, f"the model came back: {found['came_back']['parameters']} parameters equal to the bit"),
-        f"  patch: {shell.size(patch['bytes'])}, {kept}",
-    ]
-    hint = f"  `errata methods {found['method']}` lists what to --set; another layer may hold the fact"
-    outcome_lines = [lines[0], *([f"[dim]{hint}[/]"] if took < len(rows) else [])]
-    return [*outcome_lines, lines[1], escape(lines[2]), *(f"    [dim]{escape(p)}[/]" for p in parts)]
+    new = [row for row in rows if not row["said_already"]]
+    already = [n for n, row in enumerate(rows, 1) if row["said_already"]]
+    lines = []
+    if already:
+        which = "this" if len(rows) == 1 else f"{len(already)} of them ({_numbers(already)})"
+        lines.append(shell.tick(True, f"the model says {which} already; nothing to correct (--anyway edits it)"))
+    if new:
+        took = sum(row["took"] for row in new)
+        outcome = "the edit took" if len(new) == took == 1 else f"{took} of {len(new)} edits took"
+        seen = [] if check is None else check.parts()[1:]
+        lines.append(shell.tick(took == len(new), " / ".join([outcome, *seen])))
+        lines += [] if check is None else _doubts(check)
+        lines += [f"  [dim]{_hint(found['method'])}[/]"] if took < len(new) else []
+    lines.append(
+        shell.tick(True, f"the model came back: {found['came_back']['parameters']} parameters equal to the bit")
+    )
+    if new:
+        kept = f"saved as {patch['saved']}" if patch["saved"] else "not saved"
+        kept += "" if save else "; --save FILE keeps it"
+        lines.append(escape(f"  patch: {shell.size(patch['bytes'])}, {kept}"))
+        parts = [f"{c['module']}, {c['kind']}, {c['extent']}" for c in patch["changes"]]
+        lines += [f"    [dim]{escape(part)}[/]" for part in parts]
+    return lines
+
+
+def _doubts(check: Check) -> list[str]:
+    """What a look at an edit found that a user should know of."""
+    lost = [q for q in check.asked if q["kind"] == "other" and not q["good"]]
+    lines = [f"  moved: {q['prompt']} {shell.short(q['before'])} → {shell.short(q['after'])}" for q in lost[:SHOWN]]
+    if check.stutters:
+        lines.append("  the model says the same again and again; that is no answer (fewer steps, or another method)")
+    return [f"[yellow]{escape(line)}[/]" for line in lines]
+
+
+def _hint(name: str) -> str:
+    """What may help an edit that did not take."""
+    from ..method import method
+
+    known = {f.name for f in fields(method(name))}
+    layer = "; another layer may hold the fact" if known & {"layer", "layers", "at"} else ""
+    return f"`errata methods {name}` lists what to --set{layer}"
+
+
+def _not_taken(failed: Sequence[int], n: int) -> str:
+    which = "the edit did not take" if n == 1 else f"{len(failed)} of {n} edits did not take ({_numbers(failed)})"
+    return f"{which}; nothing was saved (--anyway keeps it all the same)"
+
+
+def _numbers(numbers: Sequence[int], most: int = 12) -> str:
+    """Numbers of edits, of many the first."""
+    listed = ", ".join(map(str, numbers[:most]))
+    return f"number{'s' * (len(numbers) > 1)} {listed}{' …' * (len(numbers) > most)}"
 
 
 def _shown(found: dict[str, Any]) -> list[RenderableType]:
+    from ..check import Check
+
     base, versions = found["model"] or {}, found["versions"] or {}
     about = shell.grid(
         ("patch", f"{found['file']}, {shell.size(found['bytes'])}"),
         ("for", f"{base.get('name', 'any model')} ({base.get('fingerprint', 'no fingerprint')})"),
         *(("by", _step(step)) for step in found["steps"]),
+        *((("checked", str(Check.from_dict(found["check"]))),) if found["check"] else ()),
         ("made with", ", ".join(f"{k} {v}" for k, v in versions.items()) or "nothing known"),
     )
     edits = shell.table("what it corrects", "now says", "instead of")
     for row in found["edits"]:
-        text = row["prompt"].replace("{}", row["subject"])
-        edits.add_row(escape(text), f"[green]{escape(row['target'])}[/]", escape(row["truth"] or "–"))
+        edits.add_row(escape(Edit.read(row).text), f"[green]{escape(row['target'])}[/]", escape(row["truth"] or "–"))
     where = shell.table("where", "kind", "extent", "norm", "size", right={"norm", "size"})
     for c in found["changes"]:
         norm = "–" if c["norm"] is None else f"{c['norm']:.3g}"

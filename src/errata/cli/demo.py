@@ -69,8 +69,8 @@ def round_trip(how: Method, lm: LM, case: Case) -> dict[str, Any]:
         path = Path(folder) / "correction.safetensors"
         patch.save(path)
         loaded, on_disk = Patch.load(path), path.stat().st_size
-    (base,), (applied,) = asked(lm, [case.edit]), asked(lm, [case.edit], loaded)
-    (undone,) = asked(lm, [case.edit])
+    states = asked(lm, [case.edit]), asked(lm, [case.edit], loaded), asked(lm, [case.edit])
+    base, applied, undone = (replies[0].to_dict() for replies in states)
     if undone != base:
         raise ErrataError("the model answers otherwise after a patch was undone; please report this")
     return {"edit": case.edit.to_dict(), "bytes": on_disk, "base": base, "applied": applied, "undone": undone}

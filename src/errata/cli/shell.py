@@ -88,6 +88,19 @@ def load(model: str, dtype: str | None, device: str | None) -> LM:
     return lm
 
 
+def interactive() -> bool:
+    """Whether a person sits at the terminal."""
+    return sys.stdin.isatty() and out.is_terminal
+
+
+def asked(who: str) -> str | None:
+    """A line from the terminal; None at its end."""
+    try:
+        return out.input(f"[bold]{who}[/] ")
+    except EOFError:
+        return None
+
+
 # What a command writes
 
 
@@ -266,8 +279,10 @@ def short(text: str, most: int = 40) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
-def probability(p: float) -> str:
+def probability(p: float | None) -> str:
     """A probability with three digits after the point."""
+    if p is None:
+        return "–"
     return "<0.001" if p < 0.0005 else f"{p:.3f}"
 
 
