@@ -312,16 +312,21 @@ def test_a_difference_from_what_a_run_file_was_made_with_is_warned_of(caplog: py
 def test_a_report_does_not_differ_from_itself(results: Results):
     found = compare.compare(results, results)
     assert {d.run for d in found} == {f"{r.about['method']}, {r.about['regime']}" for r in results.reports}
-    assert all(d.first == d.second and d.low == d.high == 0 and not d.clear for d in found)
+    assert all(d.first == d.second and d.low is d.high is None and not d.clear for d in found)  # too few cases
+    many = _planted(results, lambda i, score: score)
+    same = [d for d in compare.compare(many, many) if d.metric == "locality"]
+    assert same
+    assert all(d.low == pytest.approx(-d.high) and not d.clear for d in same)
 
 
 def test_the_interval_of_a_difference_is_of_paired_cases(results: Results):
-    """Every case better by the same amount: the difference is certain, however much the cases differ."""
+    """Every case better by the same amount: the difference is clear, however much the cases differ."""
     better = _planted(results, lambda i, score: score)
     worse = _planted(results, lambda i, score: score - 0.25)
     found = [d for d in compare.compare(worse, better) if d.metric == "locality"]
     assert found
-    assert all(d.clear and d.low == pytest.approx(0.25) and d.high == pytest.approx(0.25) for d in found)
+    others = 1 - 0.025 ** (1 / found[0].n)  # at most this share of all cases is not better by 0.25
+    assert all(d.clear and d.low == pytest.approx(0.25 - 1.25 * others) for d in found)
     mixed = _planted(results, lambda i, score: score + (0.5 if i % 2 else -0.5))
     (first, *_) = [d for d in compare.compare(results_of(mixed), results_of(better)) if d.metric == "locality"]
     assert first.low < 0 < first.high
@@ -336,8 +341,11 @@ def _planted(results: Results, change: Any) -> Results:
         near = {p: change(i, i / 10) for p in row["metrics"]["locality"]}
         return {**row, "metrics": {**row["metrics"], "locality": near}}
 
-    reports = tuple(replace(r, rows=[planted(i, row) for i, row in enumerate(r.rows)]) for r in results.reports)
-    return Results(results.about, reports)
+    reports = []
+    for r in results.reports:
+        rows = [{**row, "case_id": f"{row['case_id']}, {k}"} for k in range(10) for row in r.rows]
+        reports.append(replace(r, rows=[planted(i, row) for i, row in enumerate(rows)]))
+    return Results(results.about, tuple(reports))
 
 
 def test_what_can_not_be_compared_is_refused(results: Results):

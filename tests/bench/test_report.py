@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def test_the_table_names_metric_protocol_interval_and_regime(report: Report):
     for word in ("ft-m", "tiny-gpt2", "sequential", "batch=2", "after all edits", "95% interval", *metrics.PROTOCOLS):
         assert word in text
     found = report.summary["reliability"]["generated"]
-    assert f"{found['mean']:.3f} │ {found['low']:.3f} to {found['high']:.3f}" in text
+    assert re.search(rf"{found['mean']:.3f} │ +too few cases │ +{found['n']} ", text)
+    summary = {"reliability": {"generated": {**found, "low": 0.25, "high": 0.75}}}
+    assert f"{found['mean']:.3f} │ 0.250 to 0.750" in str(replace(report, summary=summary))
     assert report.table().row_count == 4 * 3
 
 
