@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import errata
 from errata import LM, Edit, ErrataError, Patch, UsageError
 from errata.changes import LowRank
+from errata.method import method
 from errata.tokens import follow
 from tests import tiny
 
@@ -122,3 +124,32 @@ def test_a_module_that_is_never_called_is_noticed():
     mlp.forward = lambda x: nn.functional.silu(mlp.gate_proj(x)).mul(mlp.up_proj(x)) @ mlp.down_proj.weight.T
     with pytest.raises(ErrataError, match=r"runs without calling model.layers.1.mlp.down_proj"):
         errata.GRACE(at=1, steps=1).edit(lm, [EDIT])
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("grace", {"at": "lm_head"}),
+        ("melo", {"at": ("lm_head",)}),
+        ("wise", {"at": "lm_head"}),
+        ("ultraedit", {"at": ("lm_head",)}),
+        ("rome", {"layer": "lm_head"}),
+        ("memit", {"layers": ("lm_head",)}),
+        ("alphaedit", {"layers": ("lm_head",)}),
+        ("lora", {"modules": ("lm_head",)}),
+    ],
+)
+def test_the_head_is_no_place_where_tokens_must_be_told_apart(name: str, places: dict[str, Any], corpus_file: str):
+    """It is run only where logits are read."""
+    lm = tiny.lm("llama")
+    how = replace(tiny.small_settings(method(name), lm, corpus_file), **places)
+    with pytest.raises(UsageError, match=r"choose a place inside a block|has layers 0 to 3|no linear module"):
+        how.edit(lm, [EDIT])
+
+
+def test_the_head_can_be_tuned(corpus_file: str):
+    lm = tiny.lm("llama")
+    how = replace(tiny.small_settings(method("ft-m"), lm, corpus_file), layers=("lm_head",))
+    before = tiny.probability(lm, EDIT)
+    with how.edit(lm, [EDIT]).applied(lm):
+        assert tiny.probability(lm, EDIT) > 2 * before

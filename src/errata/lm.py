@@ -214,10 +214,18 @@ class LM:
         """A place to edit: the MLP's write matrix of a layer, or a linear module by its full name."""
         return self.mlp_out(at) if isinstance(at, int) else self._linear(at)
 
+    def inside(self, name: str) -> str:
+        """The name of a module, if it sees every token; the head is run only where logits are read."""
+        if self.module(name) is self.model.get_output_embeddings():
+            raise UsageError(
+                f"{name} is run only where logits are read; choose a place inside a block (`errata anatomy` lists them)"
+            )
+        return name
+
     def mlp_out(self, layer: int) -> Site:
         """The matrix by which a block's MLP writes to the residual stream (among experts, that of a shared one)."""
-        if not 0 <= layer < len(self.blocks):
-            raise UsageError(f"{self.name} has layers 0 to {len(self.blocks) - 1}, not {layer}")
+        if not isinstance(layer, int) or not 0 <= layer < len(self.blocks):
+            raise UsageError(f"{self.name} has layers 0 to {len(self.blocks) - 1}, not {layer!r}")
         name = self.blocks[layer]
         block = self.module(name)
         if self.mlp_path is not None:

@@ -109,7 +109,7 @@ def watch(
 
     with ExitStack() as stack:
         for name in waiting:
-            handle = lm.module(name).register_forward_hook(hook(name), with_kwargs=True)
+            handle = lm.module(lm.inside(name)).register_forward_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
         for name in before:
             stack.callback(lm.module(name).register_forward_pre_hook(enough).remove)

@@ -41,7 +41,7 @@ class MEMIT(TargetSearch, Method, name="memit"):
 
     def prepare(self, lm: LM) -> None:
         contexts.sample(lm, self.lengths, self.seed)
-        moments.prepare(lm, [lm.site(layer) for layer in self.layers], self.corpus)
+        moments.prepare(lm, [lm.mlp_out(layer) for layer in self.layers], self.corpus)
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         templates = contexts.sample(lm, self.lengths, self.seed)

@@ -53,7 +53,7 @@ class Taps:
 
 def places(lm: LM, at: Sequence[int | str]) -> list[Site]:
     """The matrices that settings name: a module by its full name; a layer's number stands for all of its MLP's."""
-    return [site for one in at for site in (lm.mlp(one) if isinstance(one, int) else [lm.site(one)])]
+    return [site for one in at for site in (lm.mlp(one) if isinstance(one, int) else [lm.site(lm.inside(one))])]
 
 
 def tap(lm: LM, sites: Sequence[Site], edits: Sequence[Edit], which: Which = "all") -> Taps:
