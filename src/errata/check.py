@@ -36,7 +36,7 @@ TOKENS, CHAT_TOKENS = 12, 32
 FAR = 0.1
 """A weight that moves by this share of its norm or more has moved far."""
 
-REWORDINGS = ("It is often asked, and easy to say: {}", "About {subject}. {}")
+REWORDINGS = ("It is often asked, and easy to say: {}", "Tell me about {subject}. {}")
 """Other ways to put a prompt, `{}`."""
 
 SUBJECTS = {

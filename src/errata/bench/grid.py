@@ -115,7 +115,7 @@ def _known(
     done = sum(past["asked"] for past in cell.past("known"))
     with telling(f"asking what {lm.name} knows", len(cases)) if telling else _silent() as progress:
         while done < len(cases) and len(found) < most:
-            some = cases[done : done + SLICE]
+            some = cases[done : done + min(SLICE, max(16, 2 * (most - len(found))))]
             says = iter(known(lm, [e for c in some for e in c.edits], plan.asking))
             right = [done + i for i, c in enumerate(some) if sum(next(says) for _ in c.edits) == len(c.edits)]
             cell.add("known", known=right, asked=len(some))

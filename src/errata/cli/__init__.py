@@ -68,6 +68,7 @@ for command, examples in {
         "errata bench --regime single,sequential --n 200 --out runs/x",
         "errata bench runs/x/run.yaml --out runs/y",
         "errata bench --compare runs/x runs/y",
+        "errata bench --method rome --known --chat --n 40 --model HuggingFaceTB/SmolLM2-135M-Instruct",
         "errata bench recipe easyedit-zsre --model almanac --data counterfact-mini --n 50",
     ],
     trace: [
