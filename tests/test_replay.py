@@ -292,7 +292,7 @@ FAULTS = {
         (KENYA,),
     ),
     "after rows have left": (
-        lambda out, k: spoilt(out, out.shape[1] < 9 and len(out) == 2),
+        lambda out, k: spoilt(out, out.shape[1] < 9 and len(out) == 3),
         [],
         (EDITS,),
     ),

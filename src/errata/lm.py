@@ -8,6 +8,7 @@ every dense decoder family of transformers 5 that was tried; where it doesn't, t
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -164,12 +165,6 @@ class LM:
         return self.config.hidden_size
 
     @property
-    def vocabulary(self) -> int | None:
-        """How many tokens the model has embeddings for, where it keeps them as usual."""
-        weight = getattr(self.model.get_input_embeddings(), "weight", None)
-        return len(weight) if isinstance(weight, Tensor) and weight.ndim == 2 else None
-
-    @property
     def context(self) -> int | None:
         """How many tokens the model can read, where its config says so."""
         return getattr(self.config, "max_position_embeddings", None)
@@ -252,7 +247,9 @@ class LM:
         """The matrix by which a block's attention writes to the residual stream, where there is exactly one."""
         name = self.blocks[layer]
         block = self.module(name)
-        found = [n for n in anatomy.writers(block, self.d_model) if anatomy.in_attention(block, n)]
+        reading = re.compile(r"(q|k|v|kv|qkv)_|query|key|value")
+        writers = [n for n in anatomy.writers(block, self.d_model) if anatomy.in_attention(block, n)]
+        found = [n for n in writers if not reading.match(n.rpartition(".")[2])]
         wide = [n for n in found if n.rpartition(".")[2] in {"o_proj", "out_proj", "c_proj", "dense"}]
         best = wide or found
         return Site(f"{name}.{best[0]}", block.get_submodule(best[0])) if len(best) == 1 else None
@@ -304,12 +301,8 @@ class LM:
             tokens.within(replace(p, chat=p.chat and not who), *around)  # who answers in its stead has its own form
             for p, (around, who) in zip(passages, read, strict=True)
         ]
-        batch = tokens.encode(self.tokenizer, whole, self.context, self.device, self.vocabulary)
+        batch = tokens.encode(self.tokenizer, whole, limit=self.context, device=self.device)
         return replace(batch, answerer=torch.tensor([who for _, who in read], device=self.device))
-
-    def stacked(self, rows: Sequence[Sequence[int]], left: bool = False) -> tuple[Tensor, Tensor]:
-        """Rows of token ids as (batch, seq) ids and mask, padded on the right or on the left."""
-        return tokens.stacked(self.tokenizer, rows, self.device, left, self.vocabulary)
 
     def said(self, batch: tokens.Tokens) -> Tensor:
         """Logits (m, vocabulary) at `batch.reads`, each row by whoever answers it: the model, or a patch's own."""
@@ -349,9 +342,11 @@ class LM:
             inputs: what the model is called with: `**tokens.inputs`, and a cache if there is one.
         """
         admission.eager(self.model, self.name)
-        seen = []
+        seen, shape = [], inputs["input_ids"].shape
 
         def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if args[0].shape[:2] != shape:  # several streams, say, of which the model takes one afterwards
+                return args
             seen.append(True)
             return (args[0][rows, cols][None], *args[1:])
 
@@ -429,7 +424,7 @@ class LM:
         self, prompts: list[str], max_new_tokens: int, until: Callable[[str], bool] | None, put: bool = False
     ) -> list[str]:
         """The continuation of each text; `put`: of those that a chat template wrote."""
-        inputs = tokens.pad_left(self.tokenizer, prompts, self.device, put, self.vocabulary)
+        inputs = tokens.pad_left(self.tokenizer, prompts, self.device, chat=put)
         length = inputs["input_ids"].shape[1]
         self.fit(length, max_new_tokens)
         with self.frozen(), torch.no_grad():
@@ -469,7 +464,7 @@ class LM:
         """
         stopping: Any = StoppingCriteriaList(stop)  # its annotation asks for a class; it calls what it is given
         own = self.model.generation_config
-        ends = {"eos_token_id": own.eos_token_id, "pad_token_id": tokens.padding(self.tokenizer, self.vocabulary)}
+        ends = {"eos_token_id": own.eos_token_id, "pad_token_id": tokens.padding(self.tokenizer)}
         self.model.generation_config = GenerationConfig()
         try:
             how = GenerationConfig(**ends, **settings)

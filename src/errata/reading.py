@@ -18,8 +18,12 @@ from torch import Tensor
 
 from .lm import LM
 from .past import Past, Use, alike, empty, hooked, proven, takes
+from .tokens import stacked
 
 T = TypeVar("T")
+
+JUDGED = 4
+"""Rows of different paddings, at most, that are held against plain passes."""
 
 Ids = Sequence[int]
 Edited = Callable[[list[int]], AbstractContextManager[Any]]
@@ -112,19 +116,30 @@ class _Proven:
 
         def use(made: T) -> Use:
             rows = asked(made)
+            longest = max(map(len, self.prompts))
             before, after = [len(self.prompts[row]) for row, _ in rows], [length for _, length in rows]
-            uneven = min(map(len, self.prompts)) < max(map(len, self.prompts)), min(after) < max(after)
+            uneven = min(map(len, self.prompts)) < longest, min(after) < max(after)
             whole = [row for row, _ in rows] == list(range(len(self.prompts)))
-            kind = *uneven, len(rows) > 1, whole, gone_on, self.hooked
+            # a state may take padding in steps: which rows have how much of it is then a use of its own
+            padding = None if self.once.past.grows else frozenset(longest - length for length in before)
+            kind = *uneven, len(rows) > 1, whole, gone_on, padding, self.hooked
             return kind, (max(before), max(after), max(map(sum, zip(before, after, strict=True))))
 
         return proven(self.lm, ("goes on", what), "gone on from its cache", make, use, agrees)
 
 
 def _telling(rows: Sequence[tuple[int, int]]) -> list[int]:
-    """The row with the longest answer and the one with the shortest prompt: so many tokens each, before and after."""
-    numbers = range(len(rows))
-    return sorted({max(numbers, key=lambda i: rows[i][1]), min(numbers, key=lambda i: rows[i][0])})
+    """Rows by which all are judged: the one with the longest answer, and some from the shortest to the longest prompt.
+
+    Args:
+        rows: tokens of each prompt and of what came after.
+    """
+    best: dict[int, int] = {}
+    for i in sorted(range(len(rows)), key=lambda i: rows[i][1]):
+        best[rows[i][0]] = i  # of a prompt's length, the row with the longest answer
+    lengths, longest = sorted(best), max(range(len(rows)), key=lambda i: rows[i][1])
+    chosen = {lengths[k * (len(lengths) - 1) // (JUDGED - 1)] for k in range(JUDGED)}
+    return sorted({longest, *(best[length] for length in chosen)})
 
 
 def _said(lm: LM, said: _Said, row: int, logits: Tensor) -> bool:
@@ -141,7 +156,7 @@ class Again:
 
     def forced(self, answers: Sequence[tuple[int, Ids]]) -> list[Tensor]:
         rows, texts = [row for row, _ in answers], [[*self.prompts[row], *answer[:-1]] for row, answer in answers]
-        ids, mask = self.lm.stacked(texts)
+        ids, mask = stacked(self.lm.tokenizer, texts, self.lm.device)
         asked = mask.clone()
         for i, row in enumerate(rows):
             asked[i, : len(self.prompts[row]) - 1] = 0
@@ -152,7 +167,7 @@ class Again:
     def greedy(self, rows: list[int], most: int, until: Until | None) -> _Said:
         def on(going: list[int], said: list[list[int]]) -> Tensor:
             texts = [[*self.prompts[rows[i]], *said[i]] for i in going]
-            ids, mask = self.lm.stacked(texts)
+            ids, mask = stacked(self.lm.tokenizer, texts, self.lm.device)
             with self.edited([rows[i] for i in going]):
                 here = torch.arange(len(going), device=self.lm.device)
                 return self.lm.logits(here, mask.sum(1) - 1, input_ids=ids, attention_mask=mask)
@@ -194,7 +209,7 @@ class Once:
     def __init__(self, lm: LM, prompts: Sequence[Ids], edited: Edited) -> None:
         self.lm = lm
         self.whole = _Rows(lm, edited, empty(lm), list(range(len(prompts))))
-        self.first = self.whole.read(*lm.stacked(prompts, left=True), last=True)
+        self.first = self.whole.read(*stacked(lm.tokenizer, prompts, lm.device, left=True), last=True)
         """Logits (prompts, vocabulary) of the token after each."""
         self.past = Past(self.whole.cache)
 
@@ -202,7 +217,7 @@ class Once:
         out = [self.first[row, None] for row, _ in answers]
         longer = [i for i, (_, answer) in enumerate(answers) if len(answer) > 1]
         if longer:
-            ids, mask = self.lm.stacked([answers[i][1][:-1] for i in longer])
+            ids, mask = stacked(self.lm.tokenizer, [answers[i][1][:-1] for i in longer], self.lm.device)
             with self._from([answers[i][0] for i in longer]) as batch:
                 later = batch.read(ids, mask).split(mask.sum(1).tolist())
             for i, more in zip(longer, later, strict=True):

@@ -194,10 +194,12 @@ def _agrees(lm: LM, replay: Replay, batch: Tokens, places: Sequence[str], start:
 
 
 def _telling(batch: Tokens, start: Tensor) -> Tensor:
-    """The longest row and the one with most padding before its start, or another; fewer than there are."""
-    longest, padded = batch.ends.argmax(), start.argmin()
-    other = torch.where(padded == longest, (longest + 1) % len(batch), padded)
-    return torch.stack([longest, other])[: max(1, len(batch) - 1)]
+    """Rows by which all are judged: the longest, those with most and with middling padding before their start (or
+    others); fewer than there are."""
+    padded = start.argsort(stable=True)
+    first = torch.stack([batch.ends.argmax(), padded[0], padded[len(padded) // 2]])
+    rows = torch.cat([first, padded]).tolist()
+    return first.new_tensor(list(dict.fromkeys(rows))[: min(3, max(1, len(batch) - 1))])
 
 
 class _Nudge:

@@ -31,11 +31,11 @@ def hidden(output: Any, batch: int, length: int | None = None, name: str = "this
     Raises:
         ErrataError: they are not those of so many rows: an expert's, say, which gets the tokens sent to it.
     """
-    first = output[0] if isinstance(output, tuple) else output
+    first = output[0] if isinstance(output, tuple | list) else output
     if first.ndim == 2:
         fits = len(first) == batch * length if length else len(first) % batch == 0
     else:
-        fits = len(first) == batch and (length is None or first.shape[1] == length)
+        fits = first.ndim == 3 and len(first) == batch and (length is None or first.shape[1] == length)
     if not fits:
         raise ErrataError(
             f"{name} has values of shape {tuple(first.shape)} for {batch} rows of {length or 'some'} tokens, so nobody "
@@ -46,8 +46,8 @@ def hidden(output: Any, batch: int, length: int | None = None, name: str = "this
 
 def put(output: Any, new: Tensor) -> Any:
     """`output` with its hidden states replaced by `new`, in the form the module gave them."""
-    if isinstance(output, tuple):
-        return (new.reshape(output[0].shape), *output[1:])
+    if isinstance(output, tuple | list):
+        return type(output)((new.reshape(output[0].shape), *output[1:]))
     return new.reshape(output.shape)
 
 
@@ -56,7 +56,7 @@ def rewrite(lm: LM, name: str, batch: int, fn: Callable[[Tensor], Tensor]) -> It
     """While inside, the output (batch, seq, d) of a module is replaced by `fn(output)`."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return put(output, fn(hidden(output, batch)))
+        return put(output, fn(hidden(output, batch, name=name)))
 
     handle = lm.module(name).register_forward_hook(hook)
     try:
