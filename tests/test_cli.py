@@ -294,6 +294,48 @@ def test_edit_and_apply_in_a_chat(ok: Any, sh: Any, talker: str, corpus_file: st
     assert plain["check"]["chat"][1] == 1
 
 
+def test_trace_in_a_chat_follows_the_same_tokens_as_the_chat_itself(ok: Any, talker: str, model: str):
+    fact = ["trace", PROMPT, "--subject", SUBJECT, "--answer", "Paris", "--draws", "1", "--model"]
+    chat, plain = ok(*fact, talker, "--chat"), ok(*fact, model)
+    assert chat["clean"] == pytest.approx(plain["clean"], rel=1e-4)  # this template puts BOS in front, and no more
+
+
+def test_bench_in_a_chat_and_of_what_is_known(ok: Any, sh: Any, talker: str, tmp_path: Path):
+    rows = [
+        {"prompt": PROMPT, "subject": s, "target": TARGET, "truth": t}
+        for s, t in (("France", "Rome"), ("Italy", "Rome"), ("Spain", "Madrid"))
+    ]
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps(rows))
+    options = ["--model", talker, "--data", data, "--method", "ft", "--set", "steps=3", "--chat", "--known"]
+    found = ok("bench", *options)
+    assert (found["about"]["known"], found["about"]["chat"]) == (3, True)
+    assert [row["edit"]["subject"] for row in found["rows"]] == ["Italy", "Spain"]
+    assert all(row["edit"]["chat"] for row in found["rows"])
+    text = " ".join(sh("bench", *options, "-n", "1").out.split())
+    assert "the 1 of 2 cases it knew" in text
+    assert "edited and asked in chat" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"target": ["Lima", "Oslo"]}, "edit 2: the target of an edit is a list"),
+        ({"target": 1999}, "edit 2: the target of an edit is the number 1999; write it as a text"),
+        ({"target": None}, "edit 2: the target of an edit is missing (null)"),
+        ({"subject": "Fran"}, "edit 2: the subject 'Fran' is only as a part of a word"),
+        ({"sbject": "France"}, "edit 2: there is no field 'sbject' in an edit"),
+    ],
+)
+def test_a_bad_edit_in_a_file_is_told_with_its_number(
+    row: dict[str, Any], reason: str, sh: Any, no_model: None, tmp_path: Path
+):
+    listed = tmp_path / "edits.json"
+    good = {"prompt": "The capital of France is", "subject": SUBJECT, "target": TARGET}
+    listed.write_text(json.dumps([good, {**good, **row}]))
+    refused(sh("edit", "--edits", listed), 2, reason)
+
+
 def test_chat_without_a_template_is_refused(sh: Any, model: str, patch: Path):
     refused(sh("edit", *FACT, "--model", model, "--chat"), 2, "no chat template")
     refused(sh("apply", patch, "--model", model, "--chat", "-p", "Hello"), 2, "no chat template")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import errata
-from errata import LM, ErrataError, Site, UsageError
+from errata import LM, ErrataError, Probe, Site, UsageError
+from errata.ask import ask
 from errata.changes import LowRank
 from errata.tokens import Passage
 from tests import tiny
@@ -411,3 +413,19 @@ def test_frozen_is_undone(error: type[Exception] | None):
     except ZeroDivisionError:
         pass
     assert tiny.differences(before, tiny.state(lm.model)) == []
+
+
+@torch.no_grad()
+def test_a_token_that_the_tokenizer_alone_has_does_no_harm():
+    """As padding it is another one, which is masked; in a text it is named."""
+    lm = tiny.lm("llama", steps=40)
+    asked = ["The capital of Peru is", "Yes"]
+    wanted = lm.generate(asked, 3), [a.answer for a in ask(lm, [Probe("efficacy", p, "Lima") for p in asked])]
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= lm.vocabulary
+    lm = LM(lm.model, tokenizer)
+    found = lm.generate(asked, 3), [a.answer for a in ask(lm, [Probe("efficacy", p, "Lima") for p in asked])]
+    assert found == wanted
+    with pytest.raises(UsageError, match=r"the token '\[PAD\]', for which the model has no embedding"):
+        lm.generate("The capital of [PAD] is")

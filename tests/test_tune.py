@@ -12,6 +12,7 @@ import torch
 
 import errata
 from errata import LM, Case, Edit, Method, UsageError, presets
+from errata.cli import main
 from errata.errors import ErrataError
 from errata.store import Store
 from errata.tune import LEAST, tune
@@ -129,8 +130,25 @@ def test_a_spent_budget_ends_the_search_but_not_the_comparison(monkeypatch, aske
     monkeypatch.setattr("errata.tune.time.monotonic", lambda: float(next(clock)))
     by(monkeypatch, asked, lambda m, c: float(m.layer))
     found = tune(errata.ROME, llama(), FACTS, budget=4.0)
-    assert [c["facts"] for c in found.evidence["candidates"]] == [3, 3, 3, 3]
+    assert [c["facts"] for c in found.evidence["candidates"]] == [3, 3, 3, 3, 3]
     assert set(found.evidence["score on the held-out facts"]) == {"default", "tuned"}
+
+
+def test_without_a_budget_the_default_stays(monkeypatch, asked):
+    by(monkeypatch, asked, lambda m, c: float(m.layer))
+    assert tune(errata.ROME, llama(), FACTS, budget=0.0).settings == {}
+
+
+def test_the_shell_tunes_on_facts_the_model_knows_and_says_what_came_of_it(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", "almanac", "--method", "ultraedit", "--n", "8", "--budget", "0.05", "--json"])
+    assert ended.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    (one,) = found["methods"]
+    assert found["facts"] == 8
+    scores = one["evidence"]["score on the held-out facts"]
+    assert scores["tuned"] >= 0.5  # almanac was tuned: its default edits
+    assert presets.tuning("ultraedit", errata.load("almanac"))["settings"] == one["settings"]
 
 
 def test_too_few_facts_are_refused(monkeypatch, asked):

@@ -43,6 +43,8 @@ class Edit:
             object.__setattr__(self, part, getattr(self, part).strip())
         if self.truth is not None:
             object.__setattr__(self, "truth", said(self.truth, "truth", "an edit", empty=True).strip() or None)
+        if not isinstance(self.chat, bool):
+            raise UsageError(f"the chat of an edit is {self.chat!r}; give true or false")
         if self.gap is not None and (not isinstance(self.gap, str) or self.gap.strip()):
             raise UsageError(f"the gap of an edit is {self.gap!r}; give spaces, a line break, or nothing at all")
         object.__setattr__(self, "prompt", self._template())
@@ -131,6 +133,11 @@ def said(value: Any, part: str, whose: str, empty: bool = False) -> str:
     if any("\ud800" <= c <= "\udfff" for c in value):
         raise UsageError(f"the {part} of {whose}, {value!a}, holds half a character (a lone surrogate); mend it")
     return value
+
+
+def question(values: Mapping[str, Any]) -> str:
+    """The text that the prompt of an edit asks, from its plain values (there may be more than those)."""
+    return Edit.read({name: values[name] for name in ("prompt", "subject", "target")}).text
 
 
 def agree(edits: Sequence[Edit], numbers: Sequence[int] | None = None) -> None:

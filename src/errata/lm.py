@@ -165,6 +165,12 @@ class LM:
         return self.config.hidden_size
 
     @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model has embeddings for, where it keeps them as usual."""
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)
+        return len(weight) if isinstance(weight, Tensor) and weight.ndim == 2 else None
+
+    @property
     def context(self) -> int | None:
         """How many tokens the model can read, where its config says so."""
         return getattr(self.config, "max_position_embeddings", None)
@@ -301,8 +307,12 @@ class LM:
             tokens.within(replace(p, chat=p.chat and not who), *around)  # who answers in its stead has its own form
             for p, (around, who) in zip(passages, read, strict=True)
         ]
-        batch = tokens.encode(self.tokenizer, whole, limit=self.context, device=self.device)
+        batch = tokens.encode(self.tokenizer, whole, self.context, self.device, self.vocabulary)
         return replace(batch, answerer=torch.tensor([who for _, who in read], device=self.device))
+
+    def stacked(self, rows: Sequence[Sequence[int]], left: bool = False) -> tuple[Tensor, Tensor]:
+        """Rows of token ids as (batch, seq) ids and mask, padded on the right or on the left."""
+        return tokens.stacked(self.tokenizer, rows, self.device, left, self.vocabulary)
 
     def said(self, batch: tokens.Tokens) -> Tensor:
         """Logits (m, vocabulary) at `batch.reads`, each row by whoever answers it: the model, or a patch's own."""
@@ -424,7 +434,7 @@ class LM:
         self, prompts: list[str], max_new_tokens: int, until: Callable[[str], bool] | None, put: bool = False
     ) -> list[str]:
         """The continuation of each text; `put`: of those that a chat template wrote."""
-        inputs = tokens.pad_left(self.tokenizer, prompts, self.device, chat=put)
+        inputs = tokens.pad_left(self.tokenizer, prompts, self.device, put, self.vocabulary)
         length = inputs["input_ids"].shape[1]
         self.fit(length, max_new_tokens)
         with self.frozen(), torch.no_grad():
@@ -464,7 +474,7 @@ class LM:
         """
         stopping: Any = StoppingCriteriaList(stop)  # its annotation asks for a class; it calls what it is given
         own = self.model.generation_config
-        ends = {"eos_token_id": own.eos_token_id, "pad_token_id": tokens.padding(self.tokenizer)}
+        ends = {"eos_token_id": own.eos_token_id, "pad_token_id": tokens.padding(self.tokenizer, self.vocabulary)}
         self.model.generation_config = GenerationConfig()
         try:
             how = GenerationConfig(**ends, **settings)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .lm import LM
 from .past import Past, Use, alike, empty, hooked, proven, takes
-from .tokens import stacked
 
 T = TypeVar("T")
 
@@ -156,7 +155,7 @@ class Again:
 
     def forced(self, answers: Sequence[tuple[int, Ids]]) -> list[Tensor]:
         rows, texts = [row for row, _ in answers], [[*self.prompts[row], *answer[:-1]] for row, answer in answers]
-        ids, mask = stacked(self.lm.tokenizer, texts, self.lm.device)
+        ids, mask = self.lm.stacked(texts)
         asked = mask.clone()
         for i, row in enumerate(rows):
             asked[i, : len(self.prompts[row]) - 1] = 0
@@ -167,7 +166,7 @@ class Again:
     def greedy(self, rows: list[int], most: int, until: Until | None) -> _Said:
         def on(going: list[int], said: list[list[int]]) -> Tensor:
             texts = [[*self.prompts[rows[i]], *said[i]] for i in going]
-            ids, mask = stacked(self.lm.tokenizer, texts, self.lm.device)
+            ids, mask = self.lm.stacked(texts)
             with self.edited([rows[i] for i in going]):
                 here = torch.arange(len(going), device=self.lm.device)
                 return self.lm.logits(here, mask.sum(1) - 1, input_ids=ids, attention_mask=mask)
@@ -209,7 +208,7 @@ class Once:
     def __init__(self, lm: LM, prompts: Sequence[Ids], edited: Edited) -> None:
         self.lm = lm
         self.whole = _Rows(lm, edited, empty(lm), list(range(len(prompts))))
-        self.first = self.whole.read(*stacked(lm.tokenizer, prompts, lm.device, left=True), last=True)
+        self.first = self.whole.read(*lm.stacked(prompts, left=True), last=True)
         """Logits (prompts, vocabulary) of the token after each."""
         self.past = Past(self.whole.cache)
 
@@ -217,7 +216,7 @@ class Once:
         out = [self.first[row, None] for row, _ in answers]
         longer = [i for i, (_, answer) in enumerate(answers) if len(answer) > 1]
         if longer:
-            ids, mask = stacked(self.lm.tokenizer, [answers[i][1][:-1] for i in longer], self.lm.device)
+            ids, mask = self.lm.stacked([answers[i][1][:-1] for i in longer])
             with self._from([answers[i][0] for i in longer]) as batch:
                 later = batch.read(ids, mask).split(mask.sum(1).tolist())
             for i, more in zip(longer, later, strict=True):

@@ -199,7 +199,11 @@ class Tokens:
 
 
 def encode(
-    tokenizer: Any, passages: Sequence[Passage], limit: int | None = None, device: torch.device | str = "cpu"
+    tokenizer: Any,
+    passages: Sequence[Passage],
+    limit: int | None = None,
+    device: torch.device | str = "cpu",
+    vocabulary: int | None = None,
 ) -> Tokens:
     """Tokenize passages into one batch.
 
@@ -208,6 +212,7 @@ def encode(
         passages: at least one.
         limit: the model's context length in tokens.
         device: where the tensors go.
+        vocabulary: how many tokens the model has embeddings for.
 
     Raises:
         UsageError: a passage is longer than `limit`, or its target can't be written in the tokenizer's vocabulary.
@@ -221,7 +226,7 @@ def encode(
         text = next(p.text for p, row in zip(passages, batch, strict=True) if len(row) == longest)
         raise UsageError(f"the text {_short(text)} has {longest} tokens, the model reads {limit}; shorten it")
 
-    ids, mask = stacked(tokenizer, batch, device)
+    ids, mask = stacked(tokenizer, batch, device, vocabulary=vocabulary)
     subject = torch.tensor([row.subject[-1] for row in found])
     target = torch.zeros(ids.shape, dtype=torch.bool)
     for i, row in enumerate(found):
@@ -236,7 +241,11 @@ def subject_tokens(tokenizer: Any, p: Passage) -> range:
 
 
 def pad_left(
-    tokenizer: Any, prompts: Sequence[str], device: torch.device | str = "cpu", chat: bool = False
+    tokenizer: Any,
+    prompts: Sequence[str],
+    device: torch.device | str = "cpu",
+    chat: bool = False,
+    vocabulary: int | None = None,
 ) -> dict[str, Tensor]:
     """Prompts for generation: (batch, seq) ids and mask, padded on the left.
 
@@ -245,19 +254,35 @@ def pad_left(
         prompts: at least one.
         device: where the tensors go.
         chat: whether they are what a chat template wrote, which has seen to special tokens itself.
+        vocabulary: how many tokens the model has embeddings for.
     """
     start = [] if chat else prefix(tokenizer)
     rows = [_begun(start, row) for row in _tokenize(tokenizer, list(prompts))[0]]
-    ids, mask = stacked(tokenizer, rows, device, left=True)
+    ids, mask = stacked(tokenizer, rows, device, left=True, vocabulary=vocabulary)
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def stacked(
-    tokenizer: Any, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", left: bool = False
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    left: bool = False,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of token ids, at least one, as (batch, seq) ids and mask, padded on the right or on the left."""
+    """Rows of token ids, at least one, as (batch, seq) ids and mask, padded on the right or on the left.
+
+    Raises:
+        UsageError: the model has no embedding for a token, which was added to the tokenizer alone.
+    """
     longest = max(map(len, rows))
-    ids, mask = torch.full((len(rows), longest), padding(tokenizer)), torch.zeros(len(rows), longest, dtype=torch.long)
+    most = max((max(row, default=0) for row in rows), default=0)
+    if vocabulary is not None and most >= vocabulary:
+        raise UsageError(
+            f"the tokenizer has the token {tokenizer.convert_ids_to_tokens(most)!r}, for which the model has no "
+            "embedding; give the model one (resize_token_embeddings), or leave the token out"
+        )
+    ids = torch.full((len(rows), longest), padding(tokenizer, vocabulary))
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for i, row in enumerate(rows):
         here = slice(longest - len(row), longest) if left else slice(len(row))
         ids[i, here], mask[i, here] = torch.tensor(row), 1
@@ -291,11 +316,12 @@ def prefix(tokenizer: Any) -> list[int]:
     raise ErrataError(f"{type(tokenizer).__name__} encodes a text differently with and without special tokens")
 
 
-def padding(tokenizer: Any) -> int:
-    """An id to pad with: any will do, as padding is always masked."""
+def padding(tokenizer: Any, vocabulary: int | None = None) -> int:
+    """An id to pad with that the model has an embedding for: any will do, as padding is always masked."""
     for name in ("pad_token_id", "eos_token_id"):
-        if getattr(tokenizer, name, None) is not None:
-            return getattr(tokenizer, name)
+        found = getattr(tokenizer, name, None)
+        if found is not None and (vocabulary is None or found < vocabulary):
+            return found
     return 0
 
 

@@ -71,7 +71,7 @@ class _Search:
         """Try a candidate on the first n facts; False once the budget is spent."""
         scores = self.scores.setdefault(_key(candidate), [])
         if len(scores) < n:
-            if time.monotonic() > self.deadline:
+            if self.done and time.monotonic() > self.deadline:  # the default is measured in any case
                 return False
             scores += self.measure(candidate, self.facts[len(scores) : n])
         return True

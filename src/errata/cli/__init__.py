@@ -24,6 +24,7 @@ from .models import models
 from .stats import stats
 from .trace import trace
 from .train import train
+from .tune import tune
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -75,6 +76,10 @@ for command, examples in {
         "errata trace --data counterfact-mini --n 50 --model openai-community/gpt2",
     ],
     stats: ["errata stats --model ./my-model --text corpus.txt --layers 4-8"],
+    tune: [
+        "errata tune ./my-model --method memit",
+        "errata tune smollm2-135m --method rome,memit --budget 20",
+    ],
     train: [
         "errata train mend --data counterfact-mini --out mend.safetensors",
         "errata train mend --model ./my-model --data train.json --set at=29,30,31 --out mend.safetensors",

@@ -12,7 +12,7 @@ import typer
 from rich.console import RenderableType
 from rich.markup import escape
 
-from ..edit import Edit, agree
+from ..edit import Edit, agree, question
 from ..errors import ErrataError, UsageError
 from . import options, shell
 
@@ -47,9 +47,7 @@ def edit(
     assignments: options.Settings = None,
     after: Annotated[Path | None, typer.Option("--after", help="A patch that this edit comes on top of.")] = None,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Where to keep the patch.")] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is a user's turn of a chat, and the target the reply.")
-    ] = False,
+    chat: options.Chat = False,
     anyway: Annotated[
         bool,
         typer.Option(
@@ -210,12 +208,15 @@ def _listed(path: Path) -> list[Edit]:
 
 
 def _edit(row: Any, place: str) -> Edit:
-    fields = {"prompt", "subject", "target"}
-    given = {k: v for k, v in row.items() if v is not None} if isinstance(row, dict) else {}
-    if not fields <= set(given) <= fields | {"truth"} or not all(isinstance(v, str) for v in given.values()):
-        raise UsageError(f"{place}: expected texts prompt, subject, target (and truth), found {json.dumps(row)[:80]}")
+    if not isinstance(row, dict):
+        raise UsageError(f"{place}: expected an object with prompt, subject and target, found {json.dumps(row)[:80]}")
+    known = {f.name: f.default for f in fields(Edit)}
+    for name in row:
+        if name not in known:
+            raise UsageError(f"{place}: there is no field {name!r} in an edit; it has {', '.join(known)}")
+    values = {name: row.get(name) for name in ("prompt", "subject", "target")}
     try:
-        return Edit(**given)
+        return Edit(**{**values, **{k: v for k, v in row.items() if v is not None}})
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from None
 
@@ -421,18 +422,13 @@ def _edited(found: dict[str, Any], check: Check | None, save: Path | None) -> li
     for row in rows:
         style = "dim" if row["said_already"] else "green" if row["took"] else "red"
         table.add_row(
-            f"{escape(Edit.read(_fields(row)).text)} [bold]{escape(row['target'])}[/]",
+            f"{escape(question(row))} [bold]{escape(row['target'])}[/]",
             shell.styled(shell.short(row["before"]["says"]), "dim"),
             shell.probability(row["before"]["p_target"]),
             shell.styled(shell.short(row["after"]["says"]), style),
             shell.probability(row["after"]["p_target"]),
         )
     return [table, *_facts(found, check, save)]
-
-
-def _fields(row: dict[str, Any]) -> dict[str, Any]:
-    """Those of an edit among the values of a row."""
-    return {f.name: row[f.name] for f in fields(Edit) if f.name in row}
 
 
 def _facts(found: dict[str, Any], check: Check | None, save: Path | None) -> list[str]:
@@ -504,7 +500,7 @@ def _shown(found: dict[str, Any]) -> list[RenderableType]:
     )
     edits = shell.table("what it corrects", "now says", "instead of")
     for row in found["edits"]:
-        edits.add_row(escape(Edit.read(row).text), f"[green]{escape(row['target'])}[/]", escape(row["truth"] or "–"))
+        edits.add_row(escape(question(row)), f"[green]{escape(row['target'])}[/]", escape(row["truth"] or "–"))
     where = shell.table("where", "kind", "extent", "norm", "size", right={"norm", "size"})
     for c in found["changes"]:
         norm = "–" if c["norm"] is None else f"{c['norm']:.3g}"

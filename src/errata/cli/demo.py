@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.rule import Rule
 
+from ..edit import question
 from ..errors import ErrataError
 from . import options, shell
 
@@ -87,7 +88,7 @@ def _corrections(found: Mapping[str, Any]) -> RenderableType:
         edit, took = row["edit"], row["metrics"]["reliability"]["generated"]
         after = shell.styled(shell.short(row["after"] or row["error"] or "–"), "green" if took else "red")
         table.add_row(
-            escape(edit["prompt"].replace("{}", edit["subject"])),
+            escape(question(edit)),
             shell.styled(shell.short(row["before"] or "–"), "dim"),
             after if took else f"{after} [dim]not {escape(edit['target'])}[/]",
             _share(row, "paraphrase"),

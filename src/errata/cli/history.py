@@ -10,6 +10,7 @@ import typer
 from rich.console import RenderableType
 from rich.markup import escape
 
+from ..edit import question
 from ..errors import UsageError
 from . import options, shell
 
@@ -187,9 +188,9 @@ def _compared(found: dict[str, Any]) -> list[RenderableType]:
     edits = shell.table("", "asked", "answer")
     for mark, style, part in (("-", "red", "only_a"), ("+", "green", "only_b"), ("=", "dim", "both")):
         for e in found[part]:
-            edits.add_row(f"[{style}]{mark}[/]", escape(e["prompt"].replace("{}", e["subject"])), escape(e["target"]))
+            edits.add_row(f"[{style}]{mark}[/]", escape(question(e)), escape(e["target"]))
     for a, b in found["otherwise"]:
-        text, targets = a["prompt"].replace("{}", a["subject"]), f"{a['target']} → {b['target']}"
+        text, targets = question(a), f"{a['target']} → {b['target']}"
         edits.add_row("[yellow]≠[/]", escape(text), escape(targets))
     weights = shell.table(
         "weight", "norm a", "norm b", "apart", "cosine", right={"norm a", "norm b", "apart", "cosine"}
@@ -216,7 +217,7 @@ def _reverted(found: dict[str, Any]) -> list[RenderableType]:
     for row in found["effect"]:
         fine = row["after"]["says_target"] == row["stays"]
         table.add_row(
-            escape(row["prompt"].replace("{}", row["subject"])),
+            escape(question(row)),
             "stays" if row["stays"] else "goes",
             shell.styled(shell.short(row["before"]["says"] or "–"), "dim"),
             shell.probability(row["before"]["p_target"] or 0),

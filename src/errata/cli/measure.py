@@ -62,7 +62,12 @@ def bench(
         str | None, typer.Option("--tasks", help="Tasks of lm-evaluation-harness, on the edited model.")
     ] = None,
     chat: Annotated[
-        bool | None, typer.Option("--chat", help="Ask for generated answers by the model's chat template.")
+        bool | None,
+        typer.Option("--chat", help="Edit and ask in a chat: questions are a user's turns, by the model's template."),
+    ] = None,
+    known: Annotated[
+        bool | None,
+        typer.Option("--known", help="Only cases that the model knows: it is asked first, until --n are found."),
     ] = None,
     judge: Annotated[
         str | None,
@@ -85,7 +90,7 @@ def bench(
     anew = _names(again)
     method = method or (None if run else again)
     given = dict(model=model, data=data, method=method, regime=regime, n=n, batch=batch, bad=bad, seed=seed)
-    given |= dict(dtype=dtype, device=device, openings=openings, tasks=tasks, chat=chat)
+    given |= dict(dtype=dtype, device=device, openings=openings, tasks=tasks, chat=chat, known=known)
     given |= dict(text=None if text is None else str(text), judge=_judge(judge))
     given = {name: value for name, value in given.items() if value is not None}
     recipe = _recipe(run)
@@ -194,7 +199,8 @@ def _measured(
     from ..bench.grid import check_made_with
     from ..bench.grid import made_with as what_it_is
 
-    cases = sets.load(plan.data, plan.n, part=plan.part, strict=plan.bad == "fail")
+    most = None if plan.known else plan.n  # of known cases, `n` are looked for among all
+    cases = sets.load(plan.data, most, part=plan.part, strict=plan.bad == "fail")
     lm = shell.load(plan.model, plan.dtype, plan.device)
     found = what_it_is(lm, cases)
     check_made_with(made_with, found, "the run")

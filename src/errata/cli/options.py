@@ -19,4 +19,8 @@ Settings = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the method, e.g. steps=10; may be repeated."),
 ]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of an answer to show.")]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="The prompt is a user's turn, by the model's chat template; what follows, the reply."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout.")]

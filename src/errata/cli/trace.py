@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,13 +43,14 @@ def trace(
     plot: Annotated[
         Path | None, typer.Option("--plot", "-o", help="Where to draw the map: .png, .svg or .pdf.")
     ] = None,
+    chat: options.Chat = False,
     model: options.Model = "almanac",
     dtype: options.Dtype = None,
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
     """Show which states carry a fact from subject to answer; over many facts, propose the layers to edit."""
-    facts = _facts(prompt, subject, answer, data, n)
+    facts = [replace(fact, chat=fact.chat or chat) for fact in _facts(prompt, subject, answer, data, n)]
     shell.check_writable(plot)
     from .. import causal
 

@@ -37,7 +37,7 @@ def give(lm: LM, templates: Sequence[str], lengths: Sequence[tuple[int, int]], s
 
 def _continue(lm: LM, length: int, count: int, seed: int) -> list[str]:
     openers = [OPENERS[i % len(OPENERS)] for i in range(count)]
-    inputs = pad_left(lm.tokenizer, openers, lm.device)
+    inputs = pad_left(lm.tokenizer, openers, lm.device, vocabulary=lm.vocabulary)
     torch.manual_seed(seed)
     with torch.no_grad():
         out = lm.continued(inputs, do_sample=True, top_k=5, max_new_tokens=length, min_new_tokens=length)
