@@ -18,7 +18,9 @@ import pytest
 import torch
 
 import errata
+from errata import Case, Edit, ErrataError
 from errata.cli import app, settings, shell
+from errata.cli.demo import known
 from errata.lm import ALMANAC
 from tests import tiny
 
@@ -857,3 +859,16 @@ def test_readme_edit_on_almanac(ok: Any, tmp_path: Path):
     assert found["edits"][0]["took"]
     (answer,) = ok("apply", path, "--prompt", prompt.format(subject))["answers"]
     assert "English" in answer["patched"]
+
+
+def test_a_demo_is_of_facts_that_the_model_knows(monkeypatch: pytest.MonkeyPatch):
+    lm = tiny.trained("llama")
+    truths = [("Nowhere", "Lima"), ("Peru", "Lima"), ("Peru", "Oslo"), ("Japan", "Tokyo"), ("Cuba", "Havana")]
+    cases = [Case(i, Edit(tiny.PROMPT, s, "Paris", truth)) for i, (s, truth) in enumerate(truths)]
+    monkeypatch.setattr("errata.data.load", lambda *_: cases)
+    said = {c.id: lm.generate(c.edit.text, 4).strip().startswith(c.edit.truth) for c in cases}
+    assert sum(said.values()) >= 2
+    assert [c.id for c in known(lm, 2)] == [i for i, yes in said.items() if yes][:2]
+    monkeypatch.setattr("errata.data.load", lambda *_: cases[2:3])
+    with pytest.raises(ErrataError, match="knows none of the facts"):
+        known(lm, 2)

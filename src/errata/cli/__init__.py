@@ -48,7 +48,7 @@ def errata(
 
 
 for command, examples in {
-    demo: ["errata demo"],
+    demo: ["errata demo", "errata demo --model smollm2-135m"],
     edit: [
         'errata edit "The mother tongue of {} is" --subject "Danielle Darrieux" --to English --save p.safetensors',
         "errata edit --edits facts.jsonl --model ./my-model --method ft-l --set steps=10 --save p.safetensors",

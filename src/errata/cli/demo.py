@@ -1,10 +1,11 @@
-"""`errata demo`: real facts corrected in the built-in model; what else moved; and everything put back."""
+"""`errata demo`: real facts corrected in a model that knows them; what else moved; and everything put back."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,27 +24,34 @@ if TYPE_CHECKING:
     from ..lm import LM
     from ..method import Method
 
+TOGETHER = 64
+"""Facts that are asked in one go."""
 NEIGHBOURS = 4
 """Probes of a kind that are shown for the case that is looked at closely."""
 
 
 def demo(
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many facts.")] = 20,
+    model: options.Model = "almanac",
+    n: Annotated[
+        int | None,
+        typer.Option("--n", "-n", min=1, help="How many facts; by default 20 of almanac, 5 of another model."),
+    ] = None,
     method: Annotated[str, typer.Option("--method", help="How to edit; `errata methods` lists them.")] = "rome",
     as_json: options.Json = False,
 ) -> None:
-    """Correct real facts in the built-in model, show what else moved, and put everything back to the bit."""
+    """Correct real facts in a model that knows them, show what else moved, and put everything back to the bit."""
     started = time.perf_counter()
-    from .. import bench, data
+    from .. import bench
     from ..method import method as by_name
     from .measure import progress
     from .proof import imprint
 
     kind = by_name(method)
-    cases = data.load("counterfact-mini", n)
-    lm = shell.load("almanac", None, None)
+    lm = shell.load(model, None, None)
     how = kind.preset(lm)
     was = imprint(lm)
+    with shell.working(f"looking for facts that {lm.name} knows"):
+        cases = known(lm, n or (20 if model == "almanac" else 5))
     with progress(f"correcting {len(cases)} facts with {method}", len(cases)) as tell:
         report = bench.run(how, lm, cases, progress=tell)
     kept = round_trip(how, lm, cases[0])
@@ -58,6 +66,21 @@ def demo(
         "seconds": time.perf_counter() - started,
     }
     shell.give(found, lambda: [_corrections(found), _closer(found), _numbers(report), _proof(found)], as_json)
+
+
+def known(lm: LM, n: int) -> list[Case]:
+    """The first facts of counterfact-mini that a model gives the true answer to."""
+    from .. import ask, data
+
+    cases, found = iter(data.load("counterfact-mini")), []
+    while some := list(islice(cases, TOGETHER)):
+        told = ask.known(lm, [case.edit for case in some])
+        found += [case for case, knows in zip(some, told, strict=True) if knows]
+        if len(found) >= n:
+            return found[:n]
+    if not found:
+        raise ErrataError(f"{lm.name} knows none of the facts of counterfact-mini; give another --model")
+    return found
 
 
 def round_trip(how: Method, lm: LM, case: Case) -> dict[str, Any]:
@@ -94,7 +117,8 @@ def _corrections(found: Mapping[str, Any]) -> RenderableType:
             _share(row, "paraphrase"),
             _share(row, "neighbourhood"),
         )
-    head = f"{about['n']} real facts of CounterFact, each corrected by {about['method']} in {about['model']['name']}"
+    what = f"{about['n']} real facts of CounterFact that {about['model']['name']} knows"
+    head = f"{what}, each corrected by {about['method']}"
     note = (
         "[dim]rephrased: other wordings of the question that get the new answer. others kept: questions about other "
         "subjects that are answered as before. Both as the model says them by itself (protocol: generated).[/]"
