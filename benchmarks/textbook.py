@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from errata import LM, ROME, Case, Edit
-from errata.bench.answer import NEW_TOKENS
+from errata.ask import NEW_TOKENS
 from errata.parts import contexts, moments
 from errata.tokens import Tokens, follow, pad_left, passage
 

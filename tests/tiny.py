@@ -113,11 +113,19 @@ ARCHITECTURES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "opt": lambda: (bpe(), T.OPTConfig(**SHAPE, **CONTEXT, ffn_dim=160, word_embed_proj_dim=64)),
 }
 """What differs between them: Conv1D, blocks that return tuples, post-norms, capped logits, flattened MLPs, BOS."""
+BEHIND_THE_MLP: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "gemma2": ARCHITECTURES["gemma2"],
+    "gemma3": lambda: (unigram(), T.Gemma3TextConfig(**SHAPE, **CONTEXT, head_dim=16)),
+    "olmo2": lambda: (unigram(), T.Olmo2Config(**SHAPE, **CONTEXT)),
+    "glm4": lambda: (unigram(), T.Glm4Config(**SHAPE, **CONTEXT, head_dim=16)),
+    "granite": lambda: (unigram(), T.GraniteConfig(**SHAPE, **CONTEXT, residual_multiplier=0.22)),
+}
+"""Those with a norm, or a factor, between the MLP's write matrix and the residual stream."""
 
 
 @cache
 def _built(architecture: str, steps: int, seed: int) -> Any:
-    tokenizer, config = ARCHITECTURES[architecture]()
+    tokenizer, config = (ARCHITECTURES | BEHIND_THE_MLP)[architecture]()
     config.vocab_size, config.initializer_range = len(tokenizer), 0.06
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, tokenizer.bos_token_id, tokenizer.eos_token_id
     with torch.random.fork_rng(), torch.enable_grad():
@@ -155,7 +163,7 @@ def learn(model: Any, tokenizer: Any, steps: int, seed: int = 0) -> None:
 
 def lm(architecture: str = "gpt2", steps: int = 0, seed: int = 0) -> LM:
     """A model of its own (a test may do to it what it likes), untrained unless `steps` are given."""
-    return LM(copy.deepcopy(_built(architecture, steps, seed)), ARCHITECTURES[architecture]()[0])
+    return LM(copy.deepcopy(_built(architecture, steps, seed)), (ARCHITECTURES | BEHIND_THE_MLP)[architecture]()[0])
 
 
 def trained(architecture: str) -> LM:
@@ -181,8 +189,8 @@ def small_settings(method: type[Method], lm: LM, corpus_file: str) -> Method:
             "scope": 32,
         }
         small["editor"] = editor(method, lm, {k: v for k, v in small.items() if k in _names(method)})
-    if method.name == "rect":  # few entries of so small a matrix carry a fact
-        small["share"] = 0.6
+    if method.name == "rect":  # few entries of so small a matrix carry a fact, and tiny GPT-2's first block none
+        small |= {"share": 0.6, "layers": (1, 2)}
     if method.name == "ultraedit":
         small |= {"at": (0, 1), "rate": 1e-3}
     with warnings.catch_warnings():

@@ -139,17 +139,21 @@ def _places(lineage: Sequence[str]) -> dict[str, Any]:
 
 
 def _scaled(lineage: Sequence[str], config: Any, known: Collection[str]) -> dict[str, Any]:
-    """The method's settings for a model that has none: Llama-2-7B's, its places at the same relative depth."""
+    """The method's settings for a model that has none: those for any model, at Llama-2-7B's relative depth."""
     depth = config["num_hidden_layers"] if isinstance(config, dict) else config.num_hidden_layers
     places = {field: _at(relative, depth) for field, relative in _places(lineage).items() if field not in known}
-    return {**(_first(_tables()["elsewhere"], lineage) or {}), **places}
+    found = {**(_first(_tables()["elsewhere"], lineage) or {}), **places}
+    if "scaled" in found:  # what the caller sets is taken as it is
+        found["scaled"] = [field for field in found["scaled"] if field not in known]
+    return found
 
 
 def _warn(method: str, name: str, places: Mapping[str, Any]) -> None:
     if places:
         where = " and ".join(f"{field} = {place}" for field, place in places.items())
         warnings.warn(
-            f"{method} has no published settings for {name}; it gets Llama-2-7B's at the same relative depth, {where}; "
+            f"{method} has no published settings for {name}; "
+            f"it gets those for any model, at the same relative depth as Llama-2-7B, {where}; "
             f"`errata tune {name} --method {method}` finds better ones",
             stacklevel=5,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,15 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import textbook
 from errata import FT, GRACE, KN, LM, ROME, Edit, UsageError
-from errata.methods import EMMET, MEMIT, PMET, RROME
+from errata.methods import EMMET, MEMIT, PMET, RROME, AlphaEdit
 from errata.parts import contexts, moments, target
 from errata.parts.locate import at_subject
 from errata.parts.moments import BUILT_IN, Moment
+from errata.parts.tail import tail
 from errata.parts.target import TargetSearch
+from errata.tokens import passage
+from errata.trace import rewrite
 from tests import tiny
 
 CONTEXTS = ("{}", "It is known. {}", "<s> Yes. {}", "Today we learn. People in. {}")
-"""Also one as EasyEdit samples them on a model with BOS: it stands in the text, and gets another in front."""
+"""Also one as EasyEdit samples them on a model with BOS, which stands in the text: it gets no other in front."""
 EDITS = (
     Edit("The capital of {} is", "New Zealand", "Oslo"),
     Edit("{} has its capital at", "Sri Lanka", "Wellington"),  # two tokens
@@ -31,9 +35,14 @@ def plainly(lm: LM, how: TargetSearch, place: str, edit: Edit) -> torch.Tensor:
     """The search as the authors have it: ids counted from the front, one edit, full passes, right padding.
 
     Their target is tokenized with a space before it (which in this tokenizer, unlike in Llama's own, adds no piece);
-    the subject's last token is found by the length of what stands up to it, BOS included.
+    the subject's last token is found by the length of what stands up to it, BOS included. Theirs puts a BOS also before
+    a text that begins with one; errata doesn't.
     """
-    tok: Any = lm.tokenizer
+
+    def tok(text: str, **how: Any) -> dict[str, list[int]]:
+        ids = lm.tokenizer(text, **how)["input_ids"]
+        return {"input_ids": ids[1:] if ids[:2] == 2 * [lm.tokenizer.bos_token_id] else ids}
+
     wanted = tok(f" {edit.target}", add_special_tokens=False)["input_ids"]
     templates = [*(c.replace("{}", edit.prompt) for c in CONTEXTS), "{} is a"]
     rows = [tok(t.replace("{}", edit.subject))["input_ids"] + wanted[:-1] for t in templates[:-1]]
@@ -160,6 +169,124 @@ def test_edits_of_one_subject_get_one_target_with_pmet_too(monkeypatch: pytest.M
         assert torch.equal(v[0], v[1])
     assert not torch.equal(found[1][0][0], found[1][0][1])
     assert took[True] > 0.3 > 10 * min(tiny.probability(lm, e) for e in edits)
+
+
+METHODS: list[tuple[type[Any], dict[str, Any]]] = [
+    (MEMIT, {"weight": 1e-6}),
+    (EMMET, {"jitter": 1e-6}),
+    (PMET, {"weight": 1e-6}),
+    (AlphaEdit, {"weight": 1e-6, "below": 1e9}),
+]
+
+
+@pytest.mark.parametrize(("method", "weak"), METHODS, ids=lambda v: v.name if isinstance(v, type) else "")
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "olmo2", "glm4", "granite"])
+def test_with_little_weight_v_is_reached_whatever_is_behind_the_mlp(
+    architecture: str, method: type[Any], weak: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """What is missing behind a norm was once written before it, which took the block's output ten ways too far."""
+    lm, wanted, found = tiny.trained(architecture), method.wanted, {}
+    for layer in (0, 1):
+        moments.give(lm, lm.site(layer), Moment(_second_moment(lm.site(layer).shape[1]), 1, 0.0))
+    monkeypatch.setattr(method, "wanted", lambda *a: found.update(wanted(*a)) or found)
+    contexts.give(lm, ("{}", "{}"), ((3, 2),))  # so that the mean key is that of the bare prompt
+    how = method(layers=(0, 1), lengths=((3, 2),), steps=12, clamp=0.75 if architecture == "llama" else 4.0, **weak)
+    patch = how.edit(lm, tiny.EDITS)
+    for place, v in found.items():
+        before = at_subject(lm, place, tiny.EDITS)[1][:, 0]
+        with patch.applied(lm):
+            after = at_subject(lm, place, tiny.EDITS)[1][:, 0]
+        assert ((after - v).norm(dim=1) < 0.15 * (before - v).norm(dim=1)).all()
+
+
+def test_a_search_is_clamped_by_what_the_norm_behind_leaves_of_it():
+    """|v| before a norm says nothing: a delta of that size may turn the block's output round, or not move it."""
+    lm = tiny.trained("gemma3")
+    place = lm.mlp_out(1).name
+    at = tail(lm, place, lambda: lm.encode([passage(e) for e in tiny.EDITS]))
+    assert at is not None
+    with lm.frozen():
+        (v,) = TargetSearch(steps=25, rate=5.0, clamp=0.8, stop=0.0).find(lm, [place], tiny.EDITS, ("{}",))
+        felt = at(v - at.value).norm(dim=1) / at(-at.value).norm(dim=1)
+    assert (felt < 0.8 * 1.002).all()  # a step is shortened until it is within a thousandth
+    assert (felt > 0.7).any()
+
+
+def test_an_edit_is_done_when_its_target_is_ahead_by_the_margin():
+    """In every context, and no step later."""
+    lm, edit = tiny.trained("llama"), tiny.EDITS[0]
+    place = lm.mlp_out(1).name
+    batch = lm.encode([passage(edit, c, edit.target) for c in CONTEXTS])
+    before = at_subject(lm, place, [edit])[1][:, 0]
+
+    def ahead(v: torch.Tensor) -> float:
+        def write(output: torch.Tensor) -> torch.Tensor:
+            output[torch.arange(len(batch)), batch.subject] += v - before
+            return output
+
+        with torch.no_grad(), rewrite(lm, place, len(batch), write):
+            said = lm.said(batch)
+        wanted = said.gather(1, batch.wanted[:, None])
+        return float((wanted - said.scatter(1, batch.wanted[:, None], -torch.inf).amax(1, keepdim=True)).min())
+
+    how = TargetSearch(steps=25, rate=0.05, clamp=30.0, kl=0.0, margin=2.0, stop=0.0)
+    with lm.frozen():
+        (v,) = how.find(lm, [place], [edit], CONTEXTS)
+        shorter = [replace(how, steps=n).find(lm, [place], [edit], CONTEXTS)[0] for n in range(2, how.steps)]
+    far = [ahead(other) for other in shorter]
+    enough = next(i for i, by in enumerate(far) if by >= 2.0)
+    assert enough > 2
+    assert all(near(other, v) < 1e-5 for other in shorter[enough:])
+
+
+@pytest.mark.parametrize("method", [ROME, RROME, MEMIT, EMMET, PMET, AlphaEdit], ids=lambda m: m.name)
+@pytest.mark.filterwarnings("ignore")  # that there is no preset
+def test_the_default_edit_is_the_same_in_a_model_of_another_scale(method: type[Any], corpus_file: str):
+    """A llama whose residual stream is 16 times as long and whose keys are 4 times as long says the same: each W should
+    move by the same share of itself."""
+    lm, big = tiny.trained("llama"), tiny.trained("llama")
+    _stretch(big, residual=16.0, keys=4.0)
+    assert torch.allclose(
+        tiny.logits(big, "The capital of Peru is"), tiny.logits(lm, "The capital of Peru is"), atol=0.01
+    )
+    moved = []
+    for model in (lm, big):
+        contexts.give(model, CONTEXTS[:2], ((5, 3),))
+        how = method.preset(model, corpus=corpus_file)
+        patch = how.edit(model, tiny.EDITS[:1])
+        moved.append([c.delta / model.site(n).weight.norm() for n, cs in patch.changes.items() for c in cs])
+    for one, other in zip(*moved, strict=True):
+        assert near(other.flatten(), one.flatten()) < 0.02  # an RMSNorm's eps is not stretched with what it norms
+
+
+@torch.no_grad()
+def _stretch(lm: LM, residual: float, keys: float) -> None:
+    model: Any = lm.model.model
+    model.embed_tokens.weight *= residual
+    for block in model.layers:
+        block.self_attn.o_proj.weight *= residual
+        block.mlp.up_proj.weight *= keys
+        block.mlp.down_proj.weight *= residual / keys
+
+
+def test_only_what_has_a_measure_of_its_own_is_scaled():
+    with pytest.raises(UsageError, match="there is no scaled setting 'clamp'; known: rate, weight"):
+        MEMIT(layers=(1,), scaled=("clamp",)).edit(_with_moments("llama"), tiny.EDITS)
+
+
+def test_a_setting_that_the_caller_gives_is_taken_as_it_is():
+    """`weight=15000` is the papers' 15,000, not so many times what this model has."""
+    lm = tiny.lm("llama")
+    with pytest.warns(UserWarning, match="no published settings"):
+        found, own = MEMIT.preset(lm), MEMIT.preset(lm, weight=15000.0)
+    assert set(found.scaled) == {"rate", "weight"}
+    assert set(own.scaled) == {"rate"}
+
+
+def _with_moments(architecture: str) -> LM:
+    lm = tiny.lm(architecture)
+    moments.give(lm, lm.site(1), Moment(_second_moment(lm.site(1).shape[1]), 1, 0.0))
+    return lm
 
 
 def test_emmet_of_one_edit_writes_where_r_rome_does():

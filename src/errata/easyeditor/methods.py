@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig
 from ..errors import ErrataError
 from ..lm import LM
 from ..loading import load
+from ..method import Method
 from .hparams import HyperParams
 from .keys import Choice, Fields, Unused, Values, beside, maybe, module, modules, one, only
 
@@ -37,6 +38,11 @@ class LocatingHyperParams(HyperParams):
         "mom2_dtype": Unused("second moments are accumulated in float32"),
         "mom2_adjustment": Unused("without second moments it would be another method; errata always has them"),
     }
+
+    def prepared(self, lm: LM) -> Method:
+        """As EasyEdit has it: a search ends by its loss alone, and MEMIT's contexts are no setting."""
+        settings = {"lengths": ((10, 5),), **self.settings(lm), "margin": None}
+        return self.method.preset(lm, **settings)
 
 
 class ROMEHyperParams(LocatingHyperParams):

@@ -28,15 +28,17 @@ class PMET(MEMIT, name="pmet"):
 
     def judge(self, total: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         """Once the model says the target everywhere, the target counts a tenth, and a small KL is enough to be done."""
-        done = (total < self.stop) | (loss.said & (loss.kl.detach() <= 0.01))
-        return done, torch.where(loss.said, 0.1, 1.0).to(total)
+        done, _ = super().judge(total, loss)
+        said = loss.margin >= 0
+        return done | (said & (loss.kl.detach() <= 0.01)), torch.where(said, 0.1, 1.0).to(total)
 
-    def wanted(self, lm: LM, edits: Sequence[Edit], templates: Sequence[str]) -> tuple[str, Tensor]:
-        attention, mlp = lm.attention_out(self.layers[-1]), lm.mlp_out(self.layers[-1]).name
+    def wanted(self, lm: LM, edits: Sequence[Edit], templates: Sequence[str]) -> dict[str, Tensor]:
+        layers = self.layers[-1:] if self.plain(lm, edits) else self.layers
+        attention, mlps = lm.attention_out(self.layers[-1]), [lm.site(layer).name for layer in layers]
         if attention is None:
             raise ErrataError(f"{lm.name} has no single matrix by which attention writes; PMET needs one")
-        v, _ = self.find(lm, [mlp, attention.name], edits, templates, self.merge)
-        return mlp, v
+        found = self.find(lm, [*mlps, attention.name], edits, templates, self.merge)
+        return dict(zip(mlps, found[:-1], strict=True))
 
     def portion(self, left: int) -> float:
         return 1 / sqrt(left)

@@ -118,9 +118,12 @@ def cholesky(lm: LM, site: Site, corpus: str) -> Tensor:
     return _derived(lm, ("factor", site.name, corpus), lambda C: solve.factor(C))
 
 
-def projector(lm: LM, site: Site, corpus: str, below: float) -> Tensor:
-    """The projector onto the directions that the corpus hardly uses, (d_in, d_in) float64; `prepare` came before."""
-    return _derived(lm, ("projector", site.name, corpus, below), lambda C: solve.projector(C, below))
+def projector(lm: LM, site: Site, corpus: str, below: float, share: bool = False) -> Tensor:
+    """The projector onto the directions that the corpus hardly uses, (d_in, d_in) float64; `prepare` came before.
+
+    `below` bounds the eigenvalues; or if `share`, it says how many of them, the smallest, count.
+    """
+    return _derived(lm, ("projector", site.name, corpus, below, share), lambda C: solve.projector(C, below, share))
 
 
 def _derived(lm: LM, key: tuple[Any, ...], compute: Callable[[Tensor], Tensor]) -> Tensor:

@@ -85,10 +85,16 @@ def null_space(K: Tensor, R: Tensor, P: Tensor, past: Tensor, weight: float) -> 
     return factors(R, inverse[: len(K)] @ projected)
 
 
-def projector(C: Tensor, below: float) -> Tensor:
-    """Onto the eigenvectors of C with eigenvalues under `below`: the directions that ordinary text does not use."""
+def projector(C: Tensor, below: float, share: bool = False) -> Tensor:
+    """Onto eigenvectors of C, (d, d) float64: the directions that ordinary text does not use, or hardly.
+
+    Args:
+        C: (d, d).
+        below: bounds their eigenvalues; or if `share`, how many of all they are, those of the smallest eigenvalues.
+        share: which of the two.
+    """
     values, vectors = torch.linalg.eigh(C.double())
-    free = vectors[:, values < below]
+    free = vectors[:, : round(below * len(values))] if share else vectors[:, values < below]  # the smallest first
     return free @ free.T
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -18,30 +18,29 @@ def spread(
     edits: Sequence[Edit],
     layers: Sequence[int],
     contexts: Sequence[str],
-    place: str,
-    wanted: Tensor,
+    wanted: Mapping[str, Tensor],
     solve: Callable[[Site, Tensor, Tensor], LowRank],
     share: Callable[[int], float],
 ) -> Patch:
-    """The changes that bring a module to what it should put out at the subjects.
+    """The changes that bring modules to what they should put out at the subjects.
 
     Args:
         lm: the model.
         edits: n of them.
         layers: the blocks whose MLP write matrices are changed, lowest first.
         contexts: that the keys are averaged over.
-        place: the module.
-        wanted: what it should put out, (n, d).
+        wanted: the module and what it should put out, (n, d); or matrices of several layers, each with its own.
         solve: a layer's change for keys (n, d_in) and what is missing there (n, d_out).
-        share: how much of what is missing a layer takes, by the number of layers left.
+        share: how much of what is missing elsewhere a layer takes, by the number of layers left.
     """
-    patch = Patch()
+    patch, *_, last = Patch(), *wanted
     for i, layer in enumerate(layers):
         site = lm.site(layer)
         with patch.applied(lm):
             K = mean_key(lm, site, edits, contexts)
-            now = at_subject(lm, place, edits)[1][:, 0]
-        R = (wanted - now) * share(len(layers) - i)
+            place = site.name if site.name in wanted else last
+            R = wanted[place] - at_subject(lm, place, edits)[1][:, 0]
+        R = R if place == site.name else R * share(len(layers) - i)
         patch = patch + Patch({site.name: (solve(site, K, R),)})
     return patch
 

@@ -11,19 +11,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from ..edit import Edit
-from ..errors import over
+from ..errors import over, unknown
 from ..lm import LM
 from ..replay import Passes, passes
 from ..tokens import Passage, Tokens, passage
 from ..trace import rewrite
 from .descend import pull
+from .tail import tail
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ UNEVEN = 1.3
 class TargetSearch:
     """How v* is found: Adam on an additive delta, from zero."""
 
+    scalable: ClassVar[tuple[str, ...]] = ("rate",)
+    """What may be `scaled`."""
+
     steps: int = 25
     """Passes at most; the last one only measures."""
     rate: float = 0.5
@@ -48,9 +52,14 @@ class TargetSearch:
     decay: float = 0.5
     """Weight of |delta| / |v|^2."""
     clamp: float = 4.0
-    """|delta| is at most this many times |v|."""
+    """|delta| is at most this many times |v|; where a norm comes after the place, both as it leaves them."""
     stop: float = 0.05
     """The loss at which an edit is done."""
+    margin: float | None = None
+    """An edit is also done when every token of its target is likelier, in every context, than any other by this
+    difference of log-probabilities (MPES, https://arxiv.org/abs/2502.01636, has 0); none: by the loss alone."""
+    scaled: tuple[str, ...] = ()
+    """Settings in the model's own measure, of those that have one: `rate` in |v| / sqrt(d), others as they say."""
 
     def find(
         self, lm: LM, places: Sequence[str], edits: Sequence[Edit], contexts: Sequence[str], merge: bool = False
@@ -59,13 +68,16 @@ class TargetSearch:
 
         Args:
             lm: the model.
-            places: modules of one block; they get a delta each, found together.
+            places: modules, the first one in the lowest block; they get a delta each, found together.
             edits: what should be said.
             contexts: templates with `{}` for the prompt, the bare one first.
             merge: one v* for all edits of a subject, so that they don't fight over it (MEMIT-Merge).
         """
         over(0, rate=self.rate, clamp=self.clamp)
         over(1, steps=self.steps)  # the last one only measures
+        for setting in self.scaled:
+            if setting not in self.scalable:
+                raise unknown("scaled setting", setting, self.scalable)
         number: dict[str | int, int] = {}
         member = torch.tensor([number.setdefault(e.subject if merge else i, len(number)) for i, e in enumerate(edits)])
         rows = [p for e in edits for p in _rows(e, contexts)]
@@ -84,7 +96,10 @@ class TargetSearch:
 
     def judge(self, total: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         """Which deltas are done, and how much the target counts in the next step; both (deltas,)."""
-        return total < self.stop, torch.ones_like(total)
+        done = total < self.stop
+        if self.margin is not None:
+            done = done | (loss.margin >= self.margin)
+        return done, torch.ones_like(total)
 
 
 @dataclass
@@ -97,8 +112,8 @@ class Loss:
     """Weighted divergence from what followed "{subject} is a"."""
     decay: Tensor
     """Weighted size."""
-    said: Tensor
-    """Whether every token of the target is the likeliest one in every context."""
+    margin: Tensor
+    """Log-probability of a target's token less that of the likeliest other, the least of all tokens and contexts."""
 
 
 def _rows(edit: Edit, contexts: Sequence[str]) -> list[Passage]:
@@ -139,16 +154,26 @@ class _Descent:
         self.n = int(owner.max()) + 1
         self.edits = torch.arange(len(owner), device=owner.device)  # those in the batch
         self.batch = tokens
+        self.first = torch.stack([(owner == i).nonzero()[0, 0] * per for i in range(self.n)])
+        """(deltas,) rows of bare prompts."""
+        self.tails = [tail(lm, p, lambda: tokens[self.first]) for p in places]
         self.passes: Passes = passes(lm, tokens, places, tokens.subject)
-        self.before: list[Tensor] = []  # v of every delta and place, seen in the first pass
-        self.is_a = torch.empty(0)  # what followed "{subject} is a" then, for every edit
-        self.deltas: list[Tensor] = []
+        self.before: list[Tensor] = []
+        """v of every delta and place, seen in the first pass; (deltas, d)."""
+        self.is_a = torch.empty(0)
+        """What followed "{subject} is a" then, for every edit."""
+        self.bounds: list[Tensor] = []
+        """What |delta| is at most, as the block's output feels it; (deltas,)."""
+        self.units: list[Tensor] = []
+        """By how much a rate of 1 moves a delta; (deltas, 1)."""
+        self.moves: list[Tensor] = []
+        """What Adam moves: each delta in its unit; (deltas, d)."""
 
     def run(self) -> list[Tensor]:
         """v* for each place, (edits, d)."""
         active = torch.arange(self.n, device=self.lm.device)
         self._look()
-        optimiser = torch.optim.Adam(self.deltas, lr=self.how.rate)
+        optimiser = torch.optim.Adam(self.moves, lr=self.how.rate)
         lead = torch.ones(self.n, device=self.lm.device)
         for step in range(self.how.steps):
             loss = self._loss()
@@ -159,15 +184,26 @@ class _Descent:
             if step == self.how.steps - 1 or not len(active):
                 break
             optimiser.zero_grad()
-            pull(self.lm, torch.zeros_like(total).index_copy(0, active, total[active]), self.deltas)
-            kept = [d.detach().clone() for d in self.deltas]
+            pull(self.lm, torch.zeros_like(total).index_copy(0, active, total[active]), self.moves)
+            kept = [move.detach().clone() for move in self.moves]
             optimiser.step()
-            with torch.no_grad():
-                for delta, v, old in zip(self.deltas, self.before, kept, strict=True):
-                    old[active] = _clamped(delta, v, self.how.clamp)[active]
-                    delta.copy_(old)
+            self._clamp(kept, active)
             self._leave(active)
         return [(v + d).detach()[self.owner] for v, d in zip(self.before, self.deltas, strict=True)]
+
+    @property
+    def deltas(self) -> list[Tensor]:
+        """By place, (deltas, d)."""
+        return [move * unit for move, unit in zip(self.moves, self.units, strict=True)]
+
+    @torch.no_grad()
+    def _clamp(self, kept: Sequence[Tensor], active: Tensor) -> None:
+        """The deltas brought within bounds; those that are done are as they were kept."""
+        for i, (move, delta, old) in enumerate(zip(self.moves, self.deltas, kept, strict=True)):
+            after, most = self.tails[i], self.bounds[i]
+            inside = after.within(delta, most) if after else delta * (most / _size(delta)).clamp(max=1)[:, None]
+            old[active] = (inside / self.units[i])[active]
+            move.copy_(old)
 
     def _leave(self, active: Tensor) -> None:
         """Edits that are done leave the batch."""
@@ -188,13 +224,12 @@ class _Descent:
 
     @torch.no_grad()
     def _look(self) -> None:
-        """One pass that changes nothing: v at the bare prompt, and what follows "{subject} is a"."""
-        first = torch.stack([(self.owner == i).nonzero()[0, 0] * self.per for i in range(self.n)])
+        """One pass that changes nothing: v at the bare prompt, its size, and what follows "{subject} is a"."""
         seen: dict[str, Tensor] = {}
 
         def looker(place: str) -> Callable[[Tensor], Tensor]:
             def look(output: Tensor) -> Tensor:
-                seen[place] = output[first, self.passes.start[first]].float()
+                seen[place] = output[self.first, self.passes.start[self.first]].float()
                 return output
 
             return look
@@ -203,8 +238,13 @@ class _Descent:
             for place in self.places:
                 stack.enter_context(rewrite(self.lm, place, len(self.batch), looker(place)))
             self.is_a = self._said()[1]
-        self.before = [seen[place] for place in self.places]
-        self.deltas = [torch.zeros_like(v).requires_grad_() for v in self.before]
+        for place, after in zip(self.places, self.tails, strict=True):
+            v = seen[place]
+            self.before.append(v)
+            self.bounds.append(self.how.clamp * (after(-v) if after else v).norm(dim=1))
+            own = "rate" in self.how.scaled
+            self.units.append(_size(v)[:, None] / v.shape[1] ** 0.5 if own else torch.ones_like(v[:, :1]))
+            self.moves.append(torch.zeros_like(v).requires_grad_())
 
     @contextmanager
     def _written(self) -> Iterator[None]:
@@ -235,19 +275,24 @@ class _Descent:
         share = 1 / (self.batch.target.sum(1)[rows] * (self.per - 1) * owner.bincount()[owner][edit])
         nll = -target.gather(1, self.batch.wanted[:, None])[:, 0] * share
         kl = kl_div(self.is_a[self.edits], is_a, log_target=True, reduction="none").sum(1) / owner.bincount()[owner]
-        missed = (target.argmax(1) != self.batch.wanted).float()
         zero = torch.zeros(self.n, device=nll.device)
         decay = torch.stack([d.norm(dim=1) / _size(v) ** 2 for d, v in zip(self.deltas, self.before, strict=True)])
+        margin = torch.full_like(zero, torch.inf).scatter_reduce(
+            0, owner[edit], _margins(target.detach(), self.batch.wanted), "amin"
+        )
         return Loss(
             zero.index_add(0, owner[edit], nll),
             self.how.kl * zero.index_add(0, owner, kl),
             self.how.decay * decay.sum(0),
-            zero.index_add(0, owner[edit], missed) == 0,
+            margin,
         )
 
 
-def _clamped(delta: Tensor, v: Tensor, most: float) -> Tensor:
-    return delta * (most * v.norm(dim=1) / _size(delta)).clamp(max=1)[:, None]
+def _margins(said: Tensor, wanted: Tensor) -> Tensor:
+    """By how much the log-probability of each wanted token is above that of the likeliest other, (m,)."""
+    top, ids = said.topk(2, dim=1)
+    first = ids[:, 0] == wanted
+    return torch.where(first, top[:, 0] - top[:, 1], said.gather(1, wanted[:, None])[:, 0] - top[:, 0])
 
 
 def _size(t: Tensor) -> Tensor:
