@@ -25,15 +25,18 @@ class PMET(MEMIT, name="pmet"):
 
     clamp: float = 1.0
     """|delta| is at most this many times |v|, for attention and MLP each."""
+    apart: bool = False
+    """Whether every layer's MLP gets a target of its own, so that attention's unwritten part is a small one of many;
+    where a norm follows the MLP it always does."""
 
     def judge(self, total: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Once the model says the target everywhere, the target counts a tenth, and a small KL is enough to be done."""
+        """Once the model says the target everywhere (by the `margin`), it counts a tenth, and a small KL is enough."""
         done, _ = super().judge(total, loss)
-        said = loss.margin >= 0
+        said = loss.margin >= (self.margin or 0.0)
         return done | (said & (loss.kl.detach() <= 0.01)), torch.where(said, 0.1, 1.0).to(total)
 
     def wanted(self, lm: LM, edits: Sequence[Edit], templates: Sequence[str]) -> dict[str, Tensor]:
-        layers = self.layers[-1:] if self.plain(lm, edits) else self.layers
+        layers = self.layers if self.apart or not self.plain(lm, edits) else self.layers[-1:]
         attention, mlps = lm.attention_out(self.layers[-1]), [lm.site(layer).name for layer in layers]
         if attention is None:
             raise ErrataError(f"{lm.name} has no single matrix by which attention writes; PMET needs one")
