@@ -8,7 +8,7 @@ from tests import tiny
 NAMES = list(tiny.CAPITALS)
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def _short_answers():
     """The tiny models never stop by themselves."""
     usual, ask.NEW_TOKENS = ask.NEW_TOKENS, 8
