@@ -444,7 +444,7 @@ def test_bench_reports_every_method(sh: Any, ok: Any, model: str, cases: Path, t
     one = ok("bench", "--method", "ft", "-n", "1", "--regime", "sequential", *options)
     assert [(r["regime"], r["n"]) for r in one["about"]["runs"]] == [("sequential", 1)]
     text = sh("bench", "--method", "ft", "--regime", "batch", *options).out
-    for word in ("method on", "batch=2", "reliability", "forced"):
+    for word in ("1 method on", "batch=2", "reliability", "forced"):
         assert word in text
 
 
@@ -611,7 +611,7 @@ def test_set_reads_optional_and_repeated_values():
         (["edit", "{} and {}", "--subject", "France", "--to", "Lima"], ["2 places"]),
         (["edit", *FACT, "--method", "rom"], ["no method 'rom'", "did you mean", "rome"]),
         (["edit", *FACT, "--set", "stepps=3"], ["stepps", "did you mean 'steps'"]),
-        (["edit", *FACT, "--set", "steps=few"], ["steps of rome takes int", "errata methods rome"]),
+        (["edit", *FACT, "--set", "steps=few"], ["steps of rome takes a whole number", "errata methods rome"]),
         (["edit", *FACT, "--set", "steps=1.5"], ["steps=1.5"]),
         (["edit", *FACT, "--set", "whiten=1"], ["true or false"]),
         (["edit", *FACT, "--set", "kl_at=start"], ["one of end, subject"]),

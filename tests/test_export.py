@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import errata
@@ -102,9 +103,9 @@ def test_ranks_may_differ_by_module_and_conv1d_is_no_exception(tmp_path: Path):
     patch = patch_of(lm, {0: 1, 1: 5, 3: 2})
     export.to_peft(patch, lm, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert sorted(config["rank_pattern"].values()) == [1, 2, 5]
-    assert config["rank_pattern"] == config["alpha_pattern"]
-    assert config["r"] == config["lora_alpha"]  # a server that reads no pattern scales by 1 too
+    assert not config.keys() & {"rank_pattern", "alpha_pattern"}  # llama.cpp and vLLM read neither
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {min(t.shape) for t in tensors.values()} == {config["r"]} == {config["lora_alpha"]} == {5}
     assert config["fan_in_fan_out"]
     with patch.applied(lm):
         wanted = tiny.logits(lm, "The capital of Peru is")
@@ -131,8 +132,6 @@ def test_a_dense_change_needs_a_rank_and_the_error_is_what_is_missing(tmp_path: 
         export.to_peft(patch, lm, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
     (site,) = export.to_peft(patch, lm, tmp_path / "a", rank=5).sites
-    from safetensors.torch import load_file
-
     t = load_file(tmp_path / "a" / "adapter_model.safetensors")
     name = f"base_model.model.{lm.site(1).name}"
     ((change,),) = patch.changes.values()
@@ -191,7 +190,7 @@ def test_a_folder_is_written_whole_or_not_at_all(how, tmp_path: Path, monkeypatc
         raise RuntimeError("the disk is on fire")
 
     with monkeypatch.context() as m:
-        m.setattr(export, "card", broken)
+        m.setattr(sys.modules[how.__module__], "card", broken)
         with pytest.raises(RuntimeError):
             how(patch, lm, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

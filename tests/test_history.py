@@ -61,9 +61,7 @@ def test_a_disk_that_is_full_leaves_nothing_of_what_was_to_be_added(folder: Path
         History(folder).add(patch_of(FRANCE), "a")
     assert not folder.exists()
     with monkeypatch.context() as m, pytest.raises(ErrataError):
-        m.setattr(
-            "errata.history.store.write", lambda path, _: full(path, "") if path.name == MANIFEST else path.touch()
-        )
+        m.setattr("errata.store.write", lambda path, _: full(path, "") if path.name == MANIFEST else path.touch())
         History(folder).add(patch_of(FRANCE), "a")
     assert not folder.exists()
     History(folder).add(patch_of(FRANCE), "a")

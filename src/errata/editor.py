@@ -34,7 +34,7 @@ class Editor:
 
     def save(self, path: str | Path) -> None:
         """Write the editor to one safetensors file, whole or not at all."""
-        store.seal(path, MARK, self.tensors, {"format": FORMAT, "about": dict(self.about)})
+        store.write(path, store.sealed(MARK, self.tensors, {"format": FORMAT, "about": dict(self.about)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
@@ -26,6 +26,7 @@ from .errors import ErrataError, UsageError, unknown
 from .lm import LM
 from .methods import FILES
 from .patch import Patch
+from .typed import checked
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +74,9 @@ class Method(ABC):
             overrides: fields of the method.
 
         Raises:
-            UsageError: there is no such field, or one that has no value anywhere.
+            UsageError: there is no such field, one is of another type, or one has no value anywhere.
         """
-        known = {f.name: f for f in fields(cls)}
-        for name in overrides:
-            if name not in known:
-                raise unknown(f"setting of {cls.name}", name, known)
+        known, overrides = {f.name: f for f in fields(cls)}, cls.checked(overrides)
         found = {**presets.settings(cls.lineage(), lm, overrides), **overrides}
         values = {name: value for name, value in found.items() if name in known}
         lacking = [n for n, f in known.items() if n not in values and f.default is f.default_factory is MISSING]
@@ -94,6 +92,15 @@ class Method(ABC):
     def lineage(cls) -> tuple[str, ...]:
         """The method's name, then those of the methods it is derived from."""
         return tuple(c.name for c in cls.__mro__ if issubclass(c, Method) and "name" in vars(c))
+
+    @classmethod
+    def checked(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings as the types of their fields say them.
+
+        Raises:
+            UsageError: there is no such setting, or it takes something else.
+        """
+        return checked(cls, settings, cls.name)
 
     def edit(self, lm: LM, edits: Sequence[Edit], prior: Patch | None = None, *, anyway: bool = False) -> Patch:
         """Add edits to what `prior` already changed. The model is left exactly as it was.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import admission, store
 from .changes import Change, LowRank, Undo, joined, kind_of
+from .documents import said
 from .edit import Edit
 from .errors import ErrataError, UsageError
 from .lm import LM, Site
@@ -148,13 +149,17 @@ class Patch:
 
     def save(self, path: str | Path) -> None:
         """Write the patch to one safetensors file, whole or not at all."""
+        store.write(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of the patch's file: the same for the same patch."""
         header = {
             "format": FORMAT,
             "layout": [[name, c.kind] for name, cs in self.changes.items() for c in cs],
             "edits": [e.to_dict() for e in self.edits],
             "about": self.about,
         }
-        store.seal(path, MARK, self._tensors(), header)
+        return store.sealed(MARK, self._tensors(), header)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -170,21 +175,57 @@ class Patch:
 
     @classmethod
     def _from(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        edits = tuple(map(Edit.read, header["edits"]))
+        left = dict(tensors)
         changes: dict[str, tuple[Change, ...]] = {}
         for number, (name, kind) in enumerate(header["layout"]):
-            start = f"change/{number}/"
-            parts = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
-            if kind_of(kind) is None:
-                raise ValueError(f"it has a change of an unknown kind {kind!r}")
-            changes[name] = (*changes.get(name, ()), kind_of(kind)(**parts))
-        edits = tuple(map(Edit.read, header["edits"]))
-        carry = {k.removeprefix("carry/"): t for k, t in tensors.items() if k.startswith("carry/")}
+            if not isinstance(name, str) or kind_of(kind) is None:
+                raise ValueError(f"it has a change of an unknown kind {said(kind)} at {said(name)}")
+            change = kind_of(kind)(**_taken(left, f"change/{number}/"))
+            change.refuse_unsound(len(edits))
+            changes[name] = (*changes.get(name, ()), change)
+        carry = _taken(left, "carry/")
+        if left:
+            raise ValueError(f"it has tensors that belong to no change, {said(min(left))} among them")
+        if not all(bool(t.isfinite().all()) for t in carry.values()):
+            raise ValueError("what it carries for the next edit are not all finite numbers")
+        _refuse_unsound(header["about"])
         return cls(changes, edits, carry, header["about"])
 
     def _tensors(self) -> dict[str, Tensor]:
         listed = [c for cs in self.changes.values() for c in cs]
         parts = {f"change/{i}/{k}": t for i, c in enumerate(listed) for k, t in c.tensors().items()}
         return parts | {f"carry/{k}": t for k, t in self.carry.items()}
+
+
+def is_patch(path: str | Path) -> bool:
+    """Whether a file is a patch, by its mark; it may be damaged behind it."""
+    return store.is_sealed(path, MARK)
+
+
+def _taken(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that beginning; they are gone from `tensors`."""
+    return {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
+
+
+def _refuse_unsound(about: Any) -> None:
+    """Refuse what a patch says of itself in another form than errata writes."""
+    if not isinstance(about, Mapping):
+        raise ValueError(f"what it says of itself is {said(about)}")
+    if not about:
+        return
+    base, steps, versions = (about.get(name) for name in ("base", "steps", "versions"))
+    if not isinstance(base, Mapping) or not all(isinstance(base.get(k), str) for k in ("fingerprint", "name")):
+        raise ValueError(f"the model that it is for is {said(base)}")
+    if not isinstance(steps, list) or not all(map(_is_step, steps)):
+        raise ValueError(f"the steps that made it are {said(steps)}")
+    if not isinstance(versions, Mapping) or not all(isinstance(v, str) for v in versions.values()):
+        raise ValueError(f"the versions that made it are {said(versions)}")
+
+
+def _is_step(step: Any) -> bool:
+    kinds = {"method": str, "settings": Mapping, "edits": int}
+    return isinstance(step, Mapping) and all(isinstance(step.get(name), kind) for name, kind in kinds.items())
 
 
 @contextmanager

@@ -10,9 +10,12 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import platform
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from .documents import is_file, said
 from .errors import ErrataError, UsageError
 
 log = logging.getLogger(__name__)
@@ -38,30 +42,150 @@ def write(path: str | Path, content: bytes | str) -> None:
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    temporary = None
+    place = None
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(data)
             return
-        handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        place = temporary(path.resolve().parent)
+        with place.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path.resolve())
+        os.replace(place, path.resolve())
     except OSError as error:
         raise ErrataError(f"{str(path)!r} can't be written: {error.strerror or error}; nothing was changed") from error
     finally:
-        if temporary is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
+        if place is not None:
+            with suppress(OSError):
+                place.unlink()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder beside, that gets this name when the block is done; nothing stays of it otherwise.
+
+    Raises:
+        UsageError: there is something of that name, other than an empty folder, or it can't be made.
+        ErrataError: what is written in the block can't be.
+    """
+    folder = Path(folder)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"{str(folder)!r} exists and is not an empty folder; give a new name")
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        place = temporary(folder.absolute().parent)
+        place.mkdir()
+    except OSError as error:
+        raise UsageError(f"{str(folder)!r} can't be written: {error.strerror or error}; give another place") from error
+    try:
+        yield place
+        for file in filter(Path.is_file, place.iterdir()):
+            file.chmod(0o666 & place.stat().st_mode)
+        os.replace(place, folder)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ErrataError(f"{str(folder)!r} can't be written: {why or error}; nothing was left") from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+TEMPORARY = ".errata"
+"""How the names of what is not yet whole begin."""
+
+
+def temporary(folder: Path) -> Path:
+    """A new name in a folder for what is not yet whole. What killed processes left there is swept away first."""
+    start = f"{TEMPORARY}-{_here()}-"
+    for left in folder.glob(f"{start}*"):
+        process = left.name.removeprefix(start).partition("-")[0]
+        if process.isdecimal() and not _alive(int(process)):
+            with suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return folder / f"{start}{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@cache
+def _here() -> str:
+    """Where the numbers of processes are ours: this machine, and this container of it."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return hashlib.sha256(f"{platform.node()}{space}".encode()).hexdigest()[:8]
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":  # there, signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def locked(path: Path, doing: str) -> Iterator[None]:
+    """While inside, no other process is in a block of the same lock file. A process that dies lets go of it.
+
+    A file that was made here goes with the lock; one that was there stays.
+
+    Args:
+        path: the lock file.
+        doing: what those inside do, as in "writing to 'folder'".
+
+    Raises:
+        ErrataError: another process is inside.
+        OSError: the file can't be made.
+    """
+    handle, made = _lock(path, doing)
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()} {_here()}\n".encode())
+        yield
+    finally:
+        if made:
+            with suppress(OSError):
+                path.unlink()
+        os.close(handle)
+
+
+def _lock(path: Path, doing: str) -> tuple[int, bool]:
+    """An open and locked file, and whether it was made for that."""
+    while True:
+        made = not path.exists()
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        who, *here = os.pread(handle, 60, 0).decode(errors="replace").split() or "?"
+        try:
+            hold(handle)
+            if who.isdecimal() and not here and _alive(int(who)):  # an errata before 0.2 held a lock by its number
+                raise BlockingIOError
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle, made
+        except FileNotFoundError:  # who had the lock has deleted the file in between
+            pass
+        except BlockingIOError:
+            os.close(handle)
+            raise ErrataError(
+                f"process {who} is {doing}; wait for it, or, if there is no such process any more, delete {str(path)!r}"
+            ) from None
+        os.close(handle)
+
+
+def hold(handle: int) -> None:
+    """Hold an open file for this process alone, until it is closed or the process dies.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: two that write at a time are not stopped
+        return
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
@@ -74,11 +198,20 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
-def seal(path: str | Path, mark: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header, kept under `mark`, to one safetensors file with a digest of both."""
+def is_sealed(path: str | Path, mark: str) -> bool:
+    """Whether a file is one that `seal` wrote under that mark."""
+    try:
+        with safe_open(path, "pt") as file:
+            return mark in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def sealed(mark: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
+    """A safetensors file of tensors and a JSON header, kept under `mark`, with a digest of both."""
     kept = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     signed = {**header, "digest": digest(kept, header)}
-    write(path, save(kept, metadata={mark: json.dumps(signed, sort_keys=True)}))
+    return save(kept, metadata={mark: json.dumps(signed, sort_keys=True)})
 
 
 def unseal(
@@ -98,7 +231,7 @@ def unseal(
         UsageError: there is no such file.
         ErrataError: it is damaged, foreign, or of a newer format.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UsageError(f"there is no file {str(path)!r}; give {wanted}")
     try:
         with safe_open(path, "pt") as file:
@@ -110,13 +243,23 @@ def unseal(
         raise ErrataError(f"{str(path)!r} {foreign}")
     try:
         header = json.loads(metadata[mark])
-        if header["format"] > newest:
-            raise ErrataError(f"{str(path)!r} was written by a newer errata (format {header['format']}); upgrade")
+        version = header["format"]
+        if not isinstance(version, int) or isinstance(version, bool):
+            raise ValueError(f"its format is {said(version)}")
+        if version > newest:
+            raise ErrataError(f"{str(path)!r} was written by a newer errata (format {version}); upgrade")
         if header.pop("digest") != digest(tensors, header):
             raise ValueError("it is not what was saved")
         return make(header, tensors)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ErrataError(f"{str(path)!r} is damaged: {error}; get a whole copy") from error
+    except RecursionError as error:
+        raise ErrataError(f"{str(path)!r} is damaged: its header is nested too deep; get a whole copy") from error
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ErrataError(f"{str(path)!r} is damaged: {_why(error)}; get a whole copy") from error
+
+
+def _why(error: Exception) -> str:
+    """What was wrong with a header, where an error only names what was not there."""
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def kept() -> Path:

@@ -70,7 +70,7 @@ def test_a_row_number_is_the_line_also_behind_an_empty_one(tmp_path: Path):
         ({"requested_rewrite": {}}, "field 'requested_rewrite.target_true.str': expected a text, found none"),
         ({"requested_rewrite": "x"}, "field 'requested_rewrite.target_true.str': expected a text, found none"),
         ({**ROW, "portability": [1]}, "field 'portability': expected groups"),
-        ({**ROW, "locality": {"A": ["x"]}}, "field 'locality.A': expected a prompt and its ground_truth"),
+        ({**ROW, "locality": {"A": ["x"]}}, "field 'locality.A.0': expected fields by name, found 'x'"),
         ({"question": "?"}, "fields ['question'] are of no format"),
         ("France", "expected fields by name, found str"),
         (None, "expected fields by name, found NoneType"),

@@ -35,7 +35,7 @@ TARGET = {"steps": 20, "rate": 0.5, "decay": 0.5, "clamp": 4, "kl": 0.0625}
 FILES: list[tuple[str, str, dict[str, Any]]] = [
     (
         "ROMEHyperParams",
-        f"{LOCATING}, layers: [1], mom2_adjustment: false",
+        LOCATING.replace("mom2_adjustment: true", "mom2_adjustment: false") + ", layers: [1]",
         {**TARGET, "layer": 1, "whiten": False},
     ),
     (

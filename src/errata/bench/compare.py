@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import UsageError
+from ..escape import markup
 from . import metrics
 from .report import Report
 from .results import Results
@@ -109,5 +110,6 @@ def table(differences: Sequence[Difference]) -> Table:
         style = "bold" if d.clear else ""
         cells = (f"{d.first:.3f}", f"{d.second:.3f}", f"{d.second - d.first:+.3f}{'*' if d.clear else ''}")
         apart = "too few" if d.low is None or d.high is None else f"{d.low:+.3f} to {d.high:+.3f}"
-        made.add_row(d.run, d.metric, d.protocol, *cells, apart, str(d.n), style=style)
+        named = (markup(part) for part in (d.run, d.metric, d.protocol))
+        made.add_row(*named, *cells, apart, str(d.n), style=style)
     return made

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from .. import store
+from ..documents import parsed_json
 from ..errors import ErrataError, UsageError
 
 Record = dict[str, Any]
@@ -128,12 +130,8 @@ def opened(folder: Path, plan: Record, again: Collection[str] = ()) -> Iterator[
 
 def _lock(file: IO[bytes], folder: Path) -> None:
     try:
-        import fcntl
-    except ImportError:  # Windows: whoever starts two runs in one folder is not stopped
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        store.hold(file.fileno())
+    except BlockingIOError:
         raise UsageError(f"another process writes in {str(folder)!r}; wait for it, or give another folder") from None
 
 
@@ -147,9 +145,12 @@ def _whole(file: IO[bytes], path: Path) -> list[Record]:
     out: list[Record] = []
     for number, line in enumerate(content[:end].splitlines(), 1):
         try:
-            out.append(json.loads(line))
-        except ValueError as error:
+            record = parsed_json(line.decode())
+            if not isinstance(record["kind"], str):
+                raise TypeError
+        except (LookupError, TypeError, ValueError) as error:
             raise ErrataError(f"{str(path)!r} is damaged in line {number}; begin anew in another folder") from error
+        out.append(record)
     return out
 
 

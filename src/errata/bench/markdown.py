@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
+from ..escape import code, markdown, markdown_table
 from . import words
 
 if TYPE_CHECKING:
@@ -18,9 +20,9 @@ def text(results: Results) -> str:
     first = results.reports[0].about
     names = metrics_of(results)
     lines = [
-        f"# {words.title(results)}",
+        f"# {markdown(words.title(results))}",
         "",
-        *(f"- {line}" for line in words.provenance(results)),
+        *(f"- {markdown(line)}" for line in words.provenance(results)),
         "",
         *_table(
             ["method", "regime", "protocol", *names],
@@ -47,6 +49,8 @@ def text(results: Results) -> str:
             for r in results.reports
         ]
         lines += ["## By published sub-kind (forced)", "", *_table(["method", "regime", *aspects], rows), ""]
+    if able := words.abilities(results):
+        lines += ["## What else it can still do", "", *(f"- {markdown(line)}" for line in able), ""]
     lines += [
         "## Cost",
         "",
@@ -54,10 +58,14 @@ def text(results: Results) -> str:
         "",
     ]
     lines += ["Seconds are of the machine this ran on; processor seconds leave out what else it did.", ""]
-    lines += [f"- {note}" for note in words.notes(results)]
+    lines += [f"- {markdown(note)}" for note in words.notes(results)]
     settings = {r.about["method"]: (r.about["settings"], r.about.get("source") or "given") for r in results.reports}
-    lines += ["", "## Settings", "", *(f"- {m}: `{found}` ({source})" for m, (found, source) in settings.items())]
-    lines += ["", f"Versions: {', '.join(f'{k} {v}' for k, v in first['versions'].items())}", ""]
+    lines += ["", "## Settings", ""]
+    lines += [
+        f"- {markdown(m)}: {code(json.dumps(found, ensure_ascii=False))} ({markdown(source)})"
+        for m, (found, source) in settings.items()
+    ]
+    lines += ["", f"Versions: {markdown(', '.join(f'{k} {v}' for k, v in first['versions'].items()))}", ""]
     return "\n".join(lines)
 
 
@@ -66,4 +74,4 @@ def _cost(report: Report) -> list[str]:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return markdown_table([*map(markdown, head)], [[*map(markdown, row)] for row in rows])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,11 +22,14 @@ import yaml
 
 from ..ask import Asking
 from ..data import Case
+from ..documents import parsed_yaml, said
 from ..edit import UNSET
 from ..errors import UsageError, unknown
+from ..typed import NONE_SUCH, fitted, hints, spelled
 from .run import CHECKPOINTS
 
 REGIMES = ("single", "batch", "sequential")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Plan:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "regime", tuple(dict.fromkeys(self.regime)))
         for name in self.regime:
             if name not in REGIMES:
                 raise unknown("regime", name, REGIMES)
@@ -83,6 +87,14 @@ class Plan:
             raise UsageError("the single regime makes edits one by one; give --regime batch (or sequential) with it")
         if self.bad not in ("skip", "fail"):
             raise unknown("way to treat a malformed row", self.bad, ("skip", "fail"))
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise unknown("dtype of weights", self.dtype, DTYPES)
+        if not -(2**63) <= self.seed < 2**63:
+            raise UsageError(f"the seed is {self.seed}; give a number of at most 63 bits")
+        if any(after < 1 for after in self.checkpoints):
+            raise UsageError(f"a checkpoint is after {min(self.checkpoints)} cases; give numbers of 1 or more")
+        if self.judge is not None and not all(isinstance(v, str) for v in self.judge.values()):
+            raise UsageError(f"judge takes texts by name (url, model, key_variable), not {said(self.judge)}")
 
     @property
     def asking(self) -> Asking:
@@ -105,15 +117,20 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> tuple[Self, dict[str, Any]]:
-        """A run from its file, and what the file says it was made with."""
+        """A run from its file, and what the file says it was made with.
+
+        Raises:
+            UsageError: there is no such file, it is no YAML, or a field of it is of another type.
+        """
         try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            why = " ".join(str(error).split())
-            raise UsageError(f"{str(path)!r} can't be read as a run ({why}); give a YAML file") from error
+            found = parsed_yaml(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{str(path)!r} can't be read as a run ({error}); give a YAML file") from error
         if not isinstance(found, dict):
-            raise UsageError(f"{str(path)!r} holds no run: expected fields like `method: [rome]`, found {found!r}")
+            raise UsageError(f"{str(path)!r} holds no run: expected fields like `method: [rome]`, found {said(found)}")
         made_with = found.pop("made_with", None) or {}
+        if not isinstance(made_with, dict):
+            raise UsageError(f"{str(path)!r}: made_with takes values by name, not {said(made_with)}")
         return cls.of(found, str(path)), made_with
 
     @classmethod
@@ -123,24 +140,27 @@ class Plan:
         Args:
             found: fields by name; methods and regimes may also be a name, or a list of names.
             where: what to call them in an error.
+
+        Raises:
+            UsageError: there is no such field, or it is of another type.
         """
-        known = {f.name: f for f in fields(cls)}
-        for name in found:
+        known = hints(cls)
+        values = {}
+        for name, value in found.items():
             if name not in known:
                 raise unknown(f"field of a run in {where}", str(name), known)
-        values = dict(found)
-        for name in ("regime", "tasks", "checkpoints"):
-            if name in values:
-                values[name] = tuple(_list(values[name]))
-        if "method" in values:
-            values["method"] = _methods(values["method"])
+            plain = _methods(value) if name == "method" else _list(value) if name in _LISTS else value
+            values[name] = fitted(plain, known[name])
+            if values[name] is NONE_SUCH:
+                raise UsageError(f"{where}: {name} takes {spelled(known[name])}, not {said(value)}")
         for name in ("n", "batch", "new_tokens"):
             value = values.get(name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise UsageError(f"{where}: {name} is {value!r}; give a number of 1 or more")
         return cls(**values)
 
 
+_LISTS = ("regime", "tasks", "checkpoints")
 _ALWAYS = ("model", "data", "method", "regime", "n", "seed")
 
 
@@ -156,13 +176,14 @@ def _set(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in pairs if value != UNSET.get(name, ...)}
 
 
-def _list(found: Any) -> list[Any]:
+def _list(found: Any) -> Any:
     if isinstance(found, str):
         return [part.strip() for part in found.split(",") if part.strip()]
-    return list(found) if isinstance(found, list | tuple) else [found]
+    return found if isinstance(found, list | tuple | Mapping) else [found]
 
 
-def _methods(found: Any) -> dict[str, dict[str, Any]]:
+def _methods(found: Any) -> Any:
     if isinstance(found, Mapping):
-        return {str(name): dict(settings or {}) for name, settings in found.items()}
-    return {str(name): {} for name in _list(found)}
+        return {name: {} if settings is None else settings for name, settings in found.items()}
+    names = _list(found)
+    return {name: {} for name in names} if all(isinstance(name, str) for name in names) else found

@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import unknown
+from ..escape import markup, markup_lines
 from ..method import methods
 from .plan import Plan
 from .results import Results
@@ -66,8 +67,8 @@ class Recipe:
         about = results.reports[0].about
         same = about["model"]["name"] == self.model
         made = Table(
-            title=f"{self.title}: published beside ours ({self.protocol}, {about['regime']})",
-            caption=_caption(self, results, same),
+            title=markup(f"{self.title}: published beside ours ({self.protocol}, {about['regime']})"),
+            caption=markup_lines(_caption(self, results, same)),
             caption_justify="left",
         )
         for column in ("method", "metric"):
@@ -108,7 +109,7 @@ def _said(ours: Mapping[str, Any] | None) -> str:
     return f"{ours['mean']:.2f} ±{(ours['high'] - ours['low']) / 2:.1f}"
 
 
-def _caption(recipe: Recipe, results: Results, same: bool) -> str:
+def _caption(recipe: Recipe, results: Results, same: bool) -> list[str]:
     data = results.about["data"]
     lines = [
         f"published: {recipe.source}, on {recipe.model}",
@@ -122,4 +123,4 @@ def _caption(recipe: Recipe, results: Results, same: bool) -> str:
     missing = [m for m in recipe.published if m not in tried]
     if missing:
         lines.append(f"not run: {', '.join(missing)}")
-    return "\n".join(lines)
+    return lines

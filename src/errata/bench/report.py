@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import store
+from ..documents import is_file, parsed_json
 from ..errors import ErrataError, UsageError
+from ..escape import markup, markup_lines
 from . import words
 
 FORMAT = 1
@@ -68,15 +70,15 @@ class Report:
             UsageError: there is no such file.
             ErrataError: it is damaged, or no report.
         """
-        if not Path(path).is_file():
+        if not is_file(path):
             raise UsageError(f"there is no file {str(path)!r}; give a report that `errata bench` wrote")
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = parsed_json(Path(path).read_text(encoding="utf-8"))
             version = found["about"]["format"]
             if version > FORMAT:
                 raise ErrataError(f"{str(path)!r} was written by a newer errata (format {version}); upgrade")
             return cls(found["about"], found["rows"], found["summary"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OSError) as error:
             raise ErrataError(f"{str(path)!r} is damaged or no report; get a whole copy") from error
 
     def table(self) -> Table:
@@ -84,8 +86,10 @@ class Report:
         a = self.about
         batch = f" (batch={a['batch']})" if a["regime"] == "sequential" and a["batch"] > 1 else ""
         table = Table(
-            title=f"{a['method']} on {a['model']['name']}, {a['regime']}{batch}{', in chat' * a.get('chat', False)}",
-            caption=_caption(a),
+            title=markup(
+                f"{a['method']} on {a['model']['name']}, {a['regime']}{batch}{', in chat' * a.get('chat', False)}"
+            ),
+            caption=markup_lines(_caption(a)),
             caption_justify="left",
         )
         table.add_column("metric")
@@ -94,11 +98,13 @@ class Report:
             table.add_column(column, justify="right")
         for metric, protocols in self.summary.items():
             for i, (protocol, found) in enumerate(protocols.items()):
-                table.add_row("" if i else metric, protocol, *_cells(found), end_section=i == len(protocols) - 1)
+                table.add_row(
+                    "" if i else markup(metric), markup(protocol), *_cells(found), end_section=i == len(protocols) - 1
+                )
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console = Console(file=io.StringIO(), width=100, color_system=None, emoji=False)
         console.print(self.table())
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip()
@@ -110,14 +116,14 @@ def _cells(found: Mapping[str, Any]) -> tuple[str, str, str]:
     return f"{found['mean']:.3f}", words.spread(found), str(found["n"])
 
 
-def _caption(about: Mapping[str, Any]) -> str:
+def _caption(about: Mapping[str, Any]) -> list[str]:
     seconds = about["efficiency"]
     lines = [
         f"{about['n']} cases, evaluated {about['evaluated']}",
         f"{seconds['editing_per_edit']:.2f} s an edit, {seconds['evaluating']:.1f} s evaluating",
     ]
-    lines += [f"{about[what]} {text}" for what, text in words.FAULTS.items() if about[what]]
-    return "\n".join(lines)
+    lines += [words.ability(about["ability"])] if about.get("ability") else []
+    return lines + [f"{about[what]} {text}" for what, text in words.FAULTS.items() if about[what]]
 
 
 def plain(value: Any) -> Any:

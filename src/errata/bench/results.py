@@ -12,7 +12,9 @@ from rich import box
 from rich.table import Table
 
 from .. import store
+from ..documents import is_file, parsed_json
 from ..errors import ErrataError, UsageError
+from ..escape import markup, markup_lines
 from . import words
 from .report import Report, plain
 
@@ -79,15 +81,15 @@ class Results:
         """
         path = Path(path)
         path = path / "report.json" if path.is_dir() else path
-        if not path.is_file():
+        if not is_file(path):
             raise UsageError(f"there is no file {str(path)!r}; give a report that `errata bench` wrote, or its folder")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parsed_json(path.read_text(encoding="utf-8"))
             version = found["about"]["format"]
             if version > FORMAT:
                 raise ErrataError(f"{str(path)!r} was written by a newer errata (format {version}); upgrade")
             return cls._one(Report.load(path)) if version == 1 else cls._of(found)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
             raise ErrataError(f"{str(path)!r} is damaged or no report; get a whole copy") from error
 
     @classmethod
@@ -118,8 +120,8 @@ class Results:
     def table(self) -> Table:
         """Methods and regimes by metric; a number stands among those of its own protocol, which every line names."""
         table = Table(
-            title=words.heading(self),
-            caption=_caption(self),
+            title=markup(words.heading(self)),
+            caption=markup_lines(_caption(self)),
             caption_justify="left",
             box=box.SIMPLE_HEAD,
             pad_edge=False,
@@ -129,7 +131,7 @@ class Results:
         for name in ("protocol", "method", "regime"):
             table.add_column(name, no_wrap=True)
         for name in (*names, "s/edit"):
-            table.add_column(name, justify="right")
+            table.add_column(markup(name), justify="right")
         for protocol in protocols_of(self):
             some = [r for r in self.reports if any(protocol in found for found in r.summary.values())]
             for i, report in enumerate(some):
@@ -138,7 +140,8 @@ class Results:
                 cells = [short(report.summary.get(m, {}).get(protocol)) for m in names]
                 seconds = f"{about['efficiency']['editing_per_edit']:.2f}"
                 last = i == len(some) - 1
-                table.add_row(protocol, method, about["regime"], *cells, seconds, end_section=last)
+                names_it = (markup(part) for part in (protocol, method, about["regime"]))
+                table.add_row(*names_it, *cells, seconds, end_section=last)
         return table
 
 
@@ -164,7 +167,7 @@ def short(found: Mapping[str, Any] | None) -> str:
     return f"{found['mean']:.3f} {words.half(found)}".rstrip()
 
 
-def _caption(results: Results) -> str:
+def _caption(results: Results) -> list[str]:
     how = "mean over cases ± half the 95% interval (from 10 cases on)"
     when = "single: asked after each edit, sequential: after all"
-    return "\n".join([f"{how}; {when}", *words.notes(results)])
+    return [f"{how}; {when}", *words.abilities(results), *words.notes(results)]

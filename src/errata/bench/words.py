@@ -115,6 +115,31 @@ def notes(results: Results) -> list[str]:
     return lines
 
 
+def abilities(results: Results) -> list[str]:
+    """What an edited model can still do on held-out text, a sentence for each run that was asked."""
+    return [
+        f"{r.about['method']}, {r.about['regime']}: {ability(r.about['ability'])}"
+        for r in results.reports
+        if r.about.get("ability")
+    ]
+
+
+def ability(found: Mapping[str, Any]) -> str:
+    """Perplexity and KL on held-out text, and the scores of tasks, as far as they were asked for."""
+    parts = []
+    if "perplexity_after" in found:
+        before, after = found["perplexity_before"], found["perplexity_after"]
+        parts.append(
+            f"perplexity {before:.4g} → {after:.4g} ({after / before - 1:+.1%}), KL {found['kl']:.3g} nats a token, "
+            f"on {found['tokens']} tokens of held-out text"
+            if after is not None and before is not None
+            else "perplexity on held-out text is no finite number any more"
+        )
+    own = ("perplexity_before", "perplexity_after", "kl", "tokens")
+    parts += [f"{name} {value:.4g}" for name, value in found.items() if name not in own and value is not None]
+    return "; ".join(parts)
+
+
 def _grouped(pairs: Iterable[tuple[T, str]]) -> list[tuple[T, list[str]]]:
     out: dict[T, dict[str, None]] = {}
     for key, value in pairs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -24,6 +24,9 @@ class Change(ABC):
     by_row: ClassVar[bool] = False
     """Whether `attach_rows` can put a change of its own beside each row of a batch."""
 
+    form: ClassVar[Mapping[str, str]] = {}
+    """Of every field but `owners`, its numbers and its sizes by name, as in `"float32 out n"`; sizes of one name are
+    equal, and a number stands for itself. That of `owners` is n."""
     owners: Tensor
     """(n,) int64: numbers, within the patch, of the edits that this change serves, one per part it is made of."""
 
@@ -80,6 +83,35 @@ class Change(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """What has to be saved; `type(change)(**tensors)` is the change again."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def refuse_unsound(self, edits: int) -> None:
+        """Refuse parts that don't fit each other or a patch of so many edits, and numbers that are none.
+
+        Raises:
+            ValueError: says which part is wrong.
+        """
+        sizes: dict[str, int] = {}
+        for name, form in {"owners": "int64 n", **self.form}.items():
+            part: Tensor = getattr(self, name)
+            dtype, *dims = form.split()
+            wanted = [int(d) if d.isdecimal() else sizes.get(d, n) for d, n in zip(dims, part.shape, strict=False)]
+            if str(part.dtype) != f"torch.{dtype}" or part.ndim != len(dims) or list(part.shape) != wanted:
+                found = f"{' x '.join(map(str, part.shape)) or 'one'} of {str(part.dtype).removeprefix('torch.')}"
+                raise ValueError(f"the {name} of a {self.kind} change are {found}, which do not fit its other parts")
+            sizes.update(zip(dims, part.shape, strict=True))
+            if not part.isfinite().all():
+                raise ValueError(f"the {name} of a {self.kind} change are not all finite numbers")
+        self.refuse_outside("owners", 0, edits)
+        self.refuse_inconsistent()
+
+    def refuse_outside(self, name: str, least: int, end: int) -> None:
+        """Refuse a part whose numbers are not from `least` to before `end`."""
+        part: Tensor = getattr(self, name)
+        if bool(((part < least) | (part >= end)).any()):
+            raise ValueError(f"the {name} of a {self.kind} change name what is not there")
+
+    def refuse_inconsistent(self) -> None:
+        """Refuse what a kind knows to be wrong beside shapes, dtypes and owners."""
 
     def finite(self) -> bool:
         """Whether every number is one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,15 @@ class Codebook(Change, kind="codebook"):
     """
 
     by_row = True
+    form: ClassVar = {
+        "keys": "float32 n in",
+        "values": "float32 n out",
+        "first": "float32 n",
+        "labels": "int64 n most",
+        "whole": "int64 n",
+        "radii": "float32 n",
+        "entries": "int64 n",
+    }
 
     keys: Tensor
     """(n, d_in) of every edit."""
@@ -51,6 +61,12 @@ class Codebook(Change, kind="codebook"):
         labels = labels[:, : int((labels >= 0).sum(1).max()) + 1]
         _settle(keys, labels, radii, entries, 0)
         return cls(owners, keys, values, first, labels, whole, radii, entries)
+
+    def refuse_inconsistent(self) -> None:
+        self.refuse_outside("whole", 0, 2)
+        self.refuse_outside("entries", 0, len(self.entries))
+        if not torch.equal(self.entries[self.entries], self.entries):
+            raise ValueError("the entries of a codebook change name edits that are no entries")
 
     @property
     def live(self) -> Tensor:

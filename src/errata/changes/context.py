@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,6 +35,8 @@ class Context(Remembered, kind="context"):
     The texts of an edit are its subject, its question, and what is put before a prompt: demonstrations, each with an
     empty line behind it, and the fact. Where all don't fit the model's context, the first demonstrations are left out.
     """
+
+    form: ClassVar = {**Remembered.form, "scope": "float32 n"}
 
     scope: Tensor
     """(n,) how near a prompt has to be, from 0 (any prompt) to 1 (it names the whole subject)."""

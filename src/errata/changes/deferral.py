@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class Deferral(Remembered, kind="deferral"):
     come with the patch, once for all of its edits. The texts of an edit: its prompt (a template), subject, target.
     """
 
+    form: ClassVar = {**Remembered.form, "network": "float32 numbers", "shape": "int64 4", "vocabulary": "int64 16"}
+
     network: Tensor
     """Every number of both networks (`Networks`), one after another."""
     shape: Tensor
@@ -54,6 +56,14 @@ class Deferral(Remembered, kind="deferral"):
         if isinstance(later, Deferral) and torch.equal(self.network, later.network):
             return (self.and_later(later),)
         return self, later
+
+    def refuse_inconsistent(self) -> None:
+        super().refuse_inconsistent()
+        len(self.edits)  # what makes no edit raises
+        words, width, scope, end = self.shape.tolist()
+        numbers = Networks.size(words, width, scope)
+        if min(words, width, scope) < 1 or not 0 <= end < words or numbers != len(self.network):
+            raise ValueError("the networks of a deferral change are not of the shape that it names")
 
     @property
     def told(self) -> list[str]:
@@ -128,6 +138,11 @@ class Networks(nn.Module):
         self.counterfactual.requires_grad_(False)
         self.register_state_dict_post_hook(_untied)
         self.register_load_state_dict_pre_hook(_tied)
+
+    @staticmethod
+    def size(vocabulary: int, width: int, scope: int) -> int:
+        """How many numbers networks of that shape have."""
+        return vocabulary * (scope + 1) + 3 + vocabulary * width + 20 * width**2 + 5 * width
 
     @property
     def numbers(self) -> Tensor:

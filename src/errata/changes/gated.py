@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,19 @@ class Blocks(Gated, kind="blocks"):
     MELO, Yu et al. 2023, https://arxiv.org/abs/2312.11795. Keys are points; several may share a block and a cluster.
     """
 
+    form: ClassVar = {
+        "keys": "float32 n in",
+        "first": "float32 n",
+        "labels": "int64 n most",
+        "block": "int64 n",
+        "left": "float32 blocks out rank",
+        "right": "float32 blocks rank in",
+        "centres": "float32 n in",
+        "radii": "float32 n",
+        "clusters": "int64 n",
+        "founders": "int64 n",
+    }
+
     keys: Tensor
     """(n, d_in) points; `owners` are whose they are."""
     first: Tensor
@@ -108,6 +121,13 @@ class Blocks(Gated, kind="blocks"):
         made = cls(owners, keys, first, labels, block, left, right, *derived)
         made._settle(0)
         return made
+
+    def refuse_inconsistent(self) -> None:
+        self.refuse_outside("block", 0, len(self.left))
+        self.refuse_outside("clusters", -1, len(self.keys))
+        self.refuse_outside("founders", 0, 2)
+        if not self.founders[self.clusters[self.clusters >= 0]].all():
+            raise ValueError("the clusters of a blocks change name points that founded none")
 
     @property
     def live(self) -> Tensor:
@@ -243,6 +263,14 @@ class SideMemories(Gated, kind="side-memories"):
     WISE, Wang et al. 2024, https://arxiv.org/abs/2405.14768, its retrieving form; a single memory is its merging one.
     """
 
+    form: ClassVar = {
+        "memory": "int64 n",
+        "deltas": "float32 memories out in",
+        "thresholds": "float32 memories",
+        "sharded": "int64 memories",
+        "replaces": "int64 memories",
+    }
+
     memory: Tensor
     """(n,) int64: in which memory each of `owners` was written."""
     deltas: Tensor
@@ -253,6 +281,9 @@ class SideMemories(Gated, kind="side-memories"):
     """(memories,) int64: how many shards were merged into each; 0 for one that is still written to."""
     replaces: Tensor
     """(memories,) int64: of how many edits, at the end of an earlier patch, this one has taken over the memories."""
+
+    def refuse_inconsistent(self) -> None:
+        self.refuse_outside("memory", 0, len(self.deltas))
 
     @property
     def told(self) -> list[str]:

@@ -29,8 +29,15 @@ class Remembered(Change):
     lengths: Tensor
     """(n, texts of an edit) int64: bytes of every text."""
 
+    form: ClassVar = {"written": "uint8 bytes", "lengths": "int64 n 3"}
+
     each: ClassVar[tuple[str, ...]] = ()
     """The fields, besides `owners` and `lengths`, that have a row for every edit; the others are of all together."""
+
+    def refuse_inconsistent(self) -> None:
+        if (self.lengths < 0).any() or int(self.lengths.sum()) != len(self.written):
+            raise ValueError(f"the texts of a {self.kind} change are not as long as it says")
+        len(self.texts)  # what is not UTF-8 raises
 
     @abstractmethod
     def reader(self, lm: LM) -> Reader:

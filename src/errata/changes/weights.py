@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ class LowRank(Change, kind="low-rank"):
     """W <- W + left @ right. One column of `left` and one row of `right` for each of `owners`."""
 
     by_row = True
+    form: ClassVar = {"left": "float32 out n", "right": "float32 n in"}
 
     left: Tensor
     """(d_out, rank)."""
@@ -65,6 +67,8 @@ class LowRank(Change, kind="low-rank"):
 @dataclass(frozen=True, eq=False)
 class Dense(Change, kind="dense"):
     """W <- W + delta."""
+
+    form: ClassVar = {"delta": "float32 out in"}
 
     delta: Tensor
     """(d_out, d_in)."""

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
-from rich.markup import escape
 
 from ..edit import Edit, agree, question
 from ..errors import ErrataError, UsageError
+from ..escape import markup
 from . import options, shell
 
 if TYPE_CHECKING:
@@ -422,7 +422,7 @@ def _edited(found: dict[str, Any], check: Check | None, save: Path | None) -> li
     for row in rows:
         style = "dim" if row["said_already"] else "green" if row["took"] else "red"
         table.add_row(
-            f"{escape(question(row))} [bold]{escape(row['target'])}[/]",
+            f"{markup(question(row))} [bold]{markup(row['target'])}[/]",
             shell.styled(shell.short(row["before"]["says"]), "dim"),
             shell.probability(row["before"]["p_target"]),
             shell.styled(shell.short(row["after"]["says"]), style),
@@ -452,9 +452,9 @@ def _facts(found: dict[str, Any], check: Check | None, save: Path | None) -> lis
     if new:
         kept = f"saved as {patch['saved']}" if patch["saved"] else "not saved"
         kept += "" if save else "; --save FILE keeps it"
-        lines.append(escape(f"  patch: {shell.size(patch['bytes'])}, {kept}"))
+        lines.append(markup(f"  patch: {shell.size(patch['bytes'])}, {kept}"))
         parts = [f"{c['module']}, {c['kind']}, {c['extent']}" for c in patch["changes"]]
-        lines += [f"    [dim]{escape(part)}[/]" for part in parts]
+        lines += [f"    [dim]{markup(part)}[/]" for part in parts]
     return lines
 
 
@@ -464,7 +464,7 @@ def _doubts(check: Check) -> list[str]:
     lines = [f"  moved: {q['prompt']} {shell.short(q['before'])} → {shell.short(q['after'])}" for q in lost[:SHOWN]]
     if check.stutters:
         lines.append("  the model says the same again and again; that is no answer (fewer steps, or another method)")
-    return [f"[yellow]{escape(line)}[/]" for line in lines]
+    return [f"[yellow]{markup(line)}[/]" for line in lines]
 
 
 def _hint(name: str) -> str:
@@ -500,13 +500,13 @@ def _shown(found: dict[str, Any]) -> list[RenderableType]:
     )
     edits = shell.table("what it corrects", "now says", "instead of")
     for row in found["edits"]:
-        edits.add_row(escape(question(row)), f"[green]{escape(row['target'])}[/]", escape(row["truth"] or "–"))
+        edits.add_row(markup(question(row)), f"[green]{markup(row['target'])}[/]", markup(row["truth"] or "–"))
     where = shell.table("where", "kind", "extent", "norm", "size", right={"norm", "size"})
     for c in found["changes"]:
         norm = "–" if c["norm"] is None else f"{c['norm']:.3g}"
-        where.add_row(escape(c["module"]), c["kind"], c["extent"], norm, shell.size(c["bytes"]))
-    carry = [f"  carries {escape(n)} {' x '.join(map(str, s))} for the next edit" for n, s in found["carry"].items()]
-    texts = [f"  [dim]{escape(text)}[/]" for text in found["remembered"]]
+        where.add_row(markup(c["module"]), c["kind"], c["extent"], norm, shell.size(c["bytes"]))
+    carry = [f"  carries {markup(n)} {' x '.join(map(str, s))} for the next edit" for n, s in found["carry"].items()]
+    texts = [f"  [dim]{markup(text)}[/]" for text in found["remembered"]]
     heard = ["a call of the model itself does not see the edits: only what goes through the LM (generate, bench)"]
     return [
         about,
@@ -527,5 +527,5 @@ def _answers(found: dict[str, Any]) -> RenderableType:
     table = shell.table("", found["model"]["name"], "with the patch" + f" x {found['scale']:g}" * (found["scale"] != 1))
     for row in found["answers"]:
         style = "green" if row["patched"] != row["base"] else ""
-        table.add_row(escape(row["prompt"]), escape(row["base"]), shell.styled(row["patched"], style))
+        table.add_row(markup(row["prompt"]), markup(row["base"]), shell.styled(row["patched"], style))
     return table

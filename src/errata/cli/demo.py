@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.padding import Padding
 from rich.rule import Rule
 
 from ..edit import question
 from ..errors import ErrataError
+from ..escape import markup
 from . import options, shell
 
 if TYPE_CHECKING:
@@ -111,9 +111,9 @@ def _corrections(found: Mapping[str, Any]) -> RenderableType:
         edit, took = row["edit"], row["metrics"]["reliability"]["generated"]
         after = shell.styled(shell.short(row["after"] or row["error"] or "–"), "green" if took else "red")
         table.add_row(
-            escape(question(edit)),
+            markup(question(edit)),
             shell.styled(shell.short(row["before"] or "–"), "dim"),
-            after if took else f"{after} [dim]not {escape(edit['target'])}[/]",
+            after if took else f"{after} [dim]not {markup(edit['target'])}[/]",
             _share(row, "paraphrase"),
             _share(row, "neighbourhood"),
         )
@@ -123,7 +123,7 @@ def _corrections(found: Mapping[str, Any]) -> RenderableType:
         "[dim]rephrased: other wordings of the question that get the new answer. others kept: questions about other "
         "subjects that are answered as before. Both as the model says them by itself (protocol: generated).[/]"
     )
-    return Group("", Rule(escape(head), align="left", style="dim"), table, note)
+    return Group("", Rule(markup(head), align="left", style="dim"), table, note)
 
 
 def _share(row: Mapping[str, Any], kind: str) -> str:
@@ -144,7 +144,7 @@ def _closer(found: Mapping[str, Any]) -> RenderableType:
         for probe in [p for p in row["probes"] if p["kind"] == kind][:NEIGHBOURS]:
             table.add_row(*_probe(probe))
     head = f"One of them closer: {row['edit']['subject']} → {row['edit']['target']}"
-    return Group("", Rule(escape(head), align="left", style="dim"), table)
+    return Group("", Rule(markup(head), align="left", style="dim"), table)
 
 
 def _probe(probe: Mapping[str, Any]) -> Sequence[str]:
@@ -153,7 +153,7 @@ def _probe(probe: Mapping[str, Any]) -> Sequence[str]:
     fine = bool(probe["scores"]["generated"])
     before, after = ((probe[when] or {}).get("text") or "–" for when in ("before", "after"))
     return (
-        escape(probe["prompt"]),
+        markup(probe["prompt"]),
         shell.styled(shell.short(before), "dim"),
         shell.styled(shell.short(after), "green" if fine else "red"),
         f"[dim]{good if fine else bad}[/]",
@@ -175,4 +175,4 @@ def _proof(found: Mapping[str, Any]) -> RenderableType:
     count = found["came_back"]["parameters"]
     back = shell.tick(True, f"the model came back: all {count} parameters equal to the bit, no hook left")
     head = Rule("A correction is a file", align="left", style="dim")
-    return Group("", head, *map(escape, lines), "", back, f"[dim]  {found['seconds']:.0f} s in all[/]")
+    return Group("", head, *map(markup, lines), "", back, f"[dim]  {found['seconds']:.0f} s in all[/]")

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import RenderableType
-from rich.markup import escape
 
+from ..escape import markup
 from . import options, shell
 from .correct import PatchFile
 
@@ -54,9 +54,9 @@ def export(
 def _exported(found: dict[str, Any]) -> list[RenderableType]:
     table = shell.table("weight", "rank", "moved", "left out", right={"rank", "moved", "left out"})
     for site in found["sites"]:
-        table.add_row(escape(site["module"]), str(site["rank"] or "–"), f"{site['moved']:.2%}", f"{site['error']:.2%}")
+        table.add_row(markup(site["module"]), str(site["rank"] or "–"), f"{site['moved']:.2%}", f"{site['error']:.2%}")
     how = {
         "peft": "PeftModel.from_pretrained(model, {!r}), or a server's --lora-modules",
         "checkpoint": "transformers serve {!r}, or AutoModelForCausalLM.from_pretrained",
     }[found["form"]].format(found["folder"])
-    return [table, shell.tick(True, f"{found['folder']} was written"), f"  [dim]{escape(how)}[/]"]
+    return [table, shell.tick(True, f"{found['folder']} was written"), f"  [dim]{markup(how)}[/]"]

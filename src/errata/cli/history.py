@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
-from rich.markup import escape
 
 from ..edit import question
 from ..errors import UsageError
+from ..escape import markup
 from . import options, shell
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _carried(place: Path) -> Patch:
 def _edit_of(history: History, which: str, subject: str | None) -> Edit | None:
     if subject is None:
         return None
-    edits = history.load(history._entry(which)).edits
+    edits = history.load(history.entry(which)).edits
     found = [e for e in edits if e.subject == subject]
     if len(found) != 1:
         known = ", ".join(dict.fromkeys(e.subject for e in edits))
@@ -172,7 +172,7 @@ def _logged(found: dict[str, Any]) -> list[RenderableType]:
     carried = sum(e["edits"] for e in found["entries"] if e["state"] == "active")
     base = found["base"] or {}
     line = f"{carried} corrections carried by {base.get('name')} ({base.get('fingerprint', '')[:8]})"
-    return [table, escape(line), *_clashes(found["conflicts"])]
+    return [table, markup(line), *_clashes(found["conflicts"])]
 
 
 def _short(corrections: Sequence[dict[str, Any]], most: int = 3) -> str:
@@ -181,23 +181,23 @@ def _short(corrections: Sequence[dict[str, Any]], most: int = 3) -> str:
 
 
 def _clashes(conflicts: Sequence[dict[str, Any]]) -> list[str]:
-    return [f"[yellow]![/] {escape(c['said'])}" for c in conflicts] or [shell.tick(True, "no conflicts")]
+    return [f"[yellow]![/] {markup(c['said'])}" for c in conflicts] or [shell.tick(True, "no conflicts")]
 
 
 def _compared(found: dict[str, Any]) -> list[RenderableType]:
     edits = shell.table("", "asked", "answer")
     for mark, style, part in (("-", "red", "only_a"), ("+", "green", "only_b"), ("=", "dim", "both")):
         for e in found[part]:
-            edits.add_row(f"[{style}]{mark}[/]", escape(question(e)), escape(e["target"]))
+            edits.add_row(f"[{style}]{mark}[/]", markup(question(e)), markup(e["target"]))
     for a, b in found["otherwise"]:
         text, targets = question(a), f"{a['target']} → {b['target']}"
-        edits.add_row("[yellow]≠[/]", escape(text), escape(targets))
+        edits.add_row("[yellow]≠[/]", markup(text), markup(targets))
     weights = shell.table(
         "weight", "norm a", "norm b", "apart", "cosine", right={"norm a", "norm b", "apart", "cosine"}
     )
     for w in found["weights"]:
         numbers = (w[k] for k in ("norm_a", "norm_b", "norm_apart", "cosine"))
-        weights.add_row(escape(w["module"]), *("–" if x is None else f"{x:.3f}" for x in numbers))
+        weights.add_row(markup(w["module"]), *("–" if x is None else f"{x:.3f}" for x in numbers))
     return [edits, weights]
 
 
@@ -217,7 +217,7 @@ def _reverted(found: dict[str, Any]) -> list[RenderableType]:
     for row in found["effect"]:
         fine = row["after"]["says_target"] == row["stays"]
         table.add_row(
-            escape(question(row)),
+            markup(question(row)),
             "stays" if row["stays"] else "goes",
             shell.styled(shell.short(row["before"]["says"] or "–"), "dim"),
             shell.probability(row["before"]["p_target"] or 0),

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
-from rich.markup import escape
 
 from ..errors import ErrataError
+from ..escape import markup
 from . import options, shell
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _method(kind: type[Method]) -> dict[str, Any]:
 def _listed(listed: Sequence[dict[str, Any]]) -> RenderableType:
     table = shell.table("method", "what it is", "batched", "trained")
     for m in listed:
-        about = f"{escape(m['about'])}\n[dim]{escape(m['paper'])}[/]"
+        about = f"{markup(m['about'])}\n[dim]{markup(m['paper'])}[/]"
         table.add_row(f"[bold]{m['name']}[/]", about, _yes(m["batched"]), _yes(m["trained"]))
     return table
 
@@ -76,7 +76,7 @@ def _one(one: dict[str, Any]) -> list[RenderableType]:
     table = shell.table("--set", "type", "default", "what it does")
     for s in one["settings"]:
         default = "the preset's" if s["default"] is None else json.dumps(s["default"])
-        table.add_row(f"[bold]{s['name']}[/]", escape(s["type"]), escape(default), escape(s["about"]))
+        table.add_row(f"[bold]{s['name']}[/]", markup(s["type"]), markup(default), markup(s["about"]))
     return [about, table]
 
 
@@ -159,7 +159,7 @@ def _parts(found: dict[str, Any]) -> list[RenderableType]:
         table.add_row(layers, *_cells(mlp), *_cells(attention))
     if "problem" not in found:
         return [about, table]
-    return [about, table, shell.tick(False, found["problem"]), f"  linear maps: {escape(', '.join(found['linear']))}"]
+    return [about, table, shell.tick(False, found["problem"]), f"  linear maps: {markup(', '.join(found['linear']))}"]
 
 
 def _runs(layers: Sequence[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
@@ -181,4 +181,4 @@ def _inside(site: dict[str, Any] | None, layer: int) -> tuple[str, tuple[int, ..
 
 
 def _cells(site: tuple[str, tuple[int, ...]] | None) -> tuple[str, str]:
-    return (escape(site[0]), " x ".join(map(str, site[1]))) if site else ("–", "–")
+    return (markup(site[0]), " x ".join(map(str, site[1]))) if site else ("–", "–")

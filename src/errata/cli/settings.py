@@ -6,7 +6,6 @@ import ast
 import inspect
 import itertools
 import textwrap
-import types
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..errors import UsageError, unknown
 from ..method import Method
+from ..typed import NONE_SUCH, fitted, hints, spelled
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -24,23 +24,22 @@ def read(method: type[Method], assignments: Iterable[str]) -> dict[str, Any]:
     Raises:
         UsageError: an assignment is none, the method has no such field, or the value is of another type.
     """
-    hints = _hints(method)
-    found = {}
+    known, found = hints(method), {}
     for assignment in assignments:
         name, equals, text = (part.strip() for part in assignment.partition("="))
         if not equals:
             raise UsageError(f"--set {assignment!r} assigns nothing; write --set FIELD=VALUE, e.g. --set steps=10")
-        if name not in hints:
-            raise unknown(f"setting of {method.name}", name, hints)
-        found[name] = _value(method, name, text, hints[name])
+        if name not in known:
+            raise unknown(f"setting of {method.name}", name, known)
+        found[name] = _value(method, name, text, known[name])
     return found
 
 
 def describe(method: type[Method]) -> list[dict[str, Any]]:
     """Every setting: its name, type, default (None where a model's preset decides) and docstring line."""
-    hints, docs = _hints(method), _docs(method)
+    known, docs = hints(method), _docs(method)
     return [
-        {"name": f.name, "type": _spelled(hints[f.name]), "default": _default(f), "about": docs.get(f.name, "")}
+        {"name": f.name, "type": spelled(known[f.name]), "default": _default(f), "about": docs.get(f.name, "")}
         for f in fields(method)
     ]
 
@@ -49,21 +48,15 @@ def _default(field: Field[Any]) -> Any:
     return None if field.default is MISSING else field.default
 
 
-def _hints(method: type[Method]) -> dict[str, Any]:
-    hints = typing.get_type_hints(method)
-    return {f.name: hints[f.name] for f in fields(method)}
-
-
 def _value(method: type[Method], name: str, text: str, hint: Any) -> Any:
     candidates = [_literal(text), text]
     if typing.get_origin(hint) is tuple:
         candidates.insert(1, (_literal(text),))  # one value where several are taken
     for value in candidates:
-        fitted = _fitted(value, hint)
-        if fitted is not _NO:
-            return fitted
+        if (found := fitted(value, hint)) is not NONE_SUCH:
+            return found
     raise UsageError(
-        f"--set {name}={text}: {name} of {method.name} takes {_spelled(hint)}; `errata methods {method.name}` says more"
+        f"--set {name}={text}: {name} of {method.name} takes {spelled(hint)}; `errata methods {method.name}` says more"
     )
 
 
@@ -75,46 +68,6 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
-
-
-_NO = object()
-
-
-def _fitted(value: Any, hint: Any) -> Any:
-    """The value as the type says it, `_NO` if it is of another."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return next((v for a in args if (v := _fitted(value, a)) is not _NO), _NO)
-    if origin is typing.Literal:
-        return value if value in args else _NO
-    if origin is tuple:
-        return _fitted_tuple(value, args)
-    if hint is type(None):
-        return None if value is None else _NO
-    if hint is float and type(value) is int:
-        return float(value)
-    return value if type(value) is hint else _NO
-
-
-def _fitted_tuple(value: Any, args: tuple[Any, ...]) -> Any:
-    if not isinstance(value, tuple | list):
-        return _NO
-    wanted = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-    parts = [_fitted(v, a) for v, a in zip(value, wanted, strict=False)]
-    return tuple(parts) if len(wanted) == len(value) and not any(p is _NO for p in parts) else _NO
-
-
-def _spelled(hint: Any) -> str:
-    """A type in words: `int`, `one of 'end', 'subject'`, `several of int`."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_spelled, args))
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(str, args))}"
-    if origin is tuple:
-        return f"several of {_spelled(args[0])}" if args[-1] is Ellipsis else f"({', '.join(map(_spelled, args))})"
-    words = {type(None): "none", str: "text", bool: "true or false"}
-    return words.get(hint) or hint.__name__
 
 
 def _docs(method: type[Method]) -> dict[str, str]:

@@ -20,17 +20,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, RenderableType
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 
 from ..errors import ErrataError, UsageError
+from ..escape import in_json, markup, visible
 
 if TYPE_CHECKING:
     from ..lm import LM
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+
+class Terminal(Console):
+    """A console that sends no control character but its own: those of what it is given are shown."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """As rich does; texts of unknown content are made visible before, so that columns are as wide as they look."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text, keep="\n"))
+
+
+out = Terminal(highlight=False, emoji=False)
+err = Terminal(stderr=True, highlight=False, emoji=False)
 
 INTERRUPTED = 130
 """What typer returns after Ctrl-C."""
@@ -49,7 +60,7 @@ def give(found: Any, views: Callable[[], Sequence[RenderableType]], as_json: boo
     """Show the result of a command: as JSON with nothing beside it, or as the views of it."""
     if as_json:
         utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
-        print(json.dumps(found, indent=2, ensure_ascii=not utf8))
+        print(in_json(json.dumps(found, indent=2, ensure_ascii=not utf8)))
         return
     for view in views():
         out.print(view)
@@ -61,7 +72,7 @@ def working(on: str) -> Iterator[None]:
     if not err.is_terminal:
         yield
         return
-    with err.status(escape(on)):
+    with err.status(markup(on)):
         yield
 
 
@@ -112,15 +123,43 @@ def check_writable(path: Path | None) -> None:
     """
     if path is None:
         return
-    if path.is_dir():
-        raise UsageError(f"{str(path)!r} is a folder; give the name of a file")
     try:
+        if path.is_dir():
+            raise UsageError(f"{str(path)!r} is a folder; give the name of a file")
         device = path.exists() and not path.is_file()
         with path.open("wb") if device else tempfile.TemporaryFile(dir=path.resolve().parent):
             pass
     except OSError as error:
         why = error.strerror or error
         raise UsageError(f"{str(path)!r} can't be written: {why}; give another place") from error
+
+
+def check_replaceable(path: Path | None, what: str, is_one: Callable[[Path], bool], force: bool) -> None:
+    """Find out before the long work whether a file can be written, and whether that loses anything.
+
+    Args:
+        path: the file to be.
+        what: the only thing that may be replaced, in words.
+        is_one: whether a file is such a thing.
+        force: replace whatever is there.
+
+    Raises:
+        UsageError: it can't be written, or would replace something else.
+    """
+    check_writable(path)
+    if path is not None and not force and path.is_file() and path.stat().st_size and not is_one(path):
+        raise UsageError(
+            f"{str(path)!r} is there already and is no {what}; give another name, or --force to replace it"
+        )
+
+
+def check_patch_file(path: Path | None, force: bool) -> None:
+    """Find out before the long work whether a patch can be written to a file, and whether that loses anything."""
+    from ..patch import is_patch
+
+    check_replaceable(path, "patch", is_patch, force)
+    if path is not None and path.suffix not in ("", ".safetensors"):
+        _line("warning", "yellow", f"{str(path)!r} will be a safetensors file, whatever its name says")
 
 
 def wrote(path: Path) -> str:
@@ -152,15 +191,24 @@ def run(app: Any, args: Sequence[str]) -> int:
     """
     debug = "--debug" in args or os.environ.get("ERRATA_DEBUG", "0") not in ("", "0")
     written.clear()
+    _fill_closed()
     try:
         with _voices(debug):
             code = app([a for a in args if a != "--debug"], prog_name="errata", standalone_mode=False)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None: it was closed (`>&-`)
+                sys.stdout.flush()
         return _interrupted() if code == INTERRUPTED else int(code or 0)
     except BaseException as error:
         if debug and not _is_interrupt(error):
             traceback.print_exception(error)
         return _ended(error)
+
+
+def _fill_closed() -> None:
+    """Give what stands in for closed standard streams their numbers, so that no file gets one of them."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 @contextmanager
@@ -194,7 +242,7 @@ class _Line(logging.Handler):
 
 def _line(what: str, style: str, text: str) -> None:
     joined = " ".join(part.strip() for part in text.splitlines())
-    err.print(f"[{style}]{what}:[/] {escape(joined)}", soft_wrap=True)
+    err.print(f"[{style}]{what}:[/] {markup(joined)}", soft_wrap=True)
 
 
 def _is_interrupt(error: BaseException) -> bool:
@@ -217,7 +265,7 @@ def _ended(error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     _line("error", "bold red", _reason(error))
-    with suppress(OSError, ValueError):  # what can't be written now shall not be tried again when Python ends
+    with suppress(OSError, ValueError, AttributeError):  # what can't be written now shall not be tried again at the end
         sys.stdout.flush()
     if isinstance(error, UsageError):
         return 2
@@ -260,18 +308,18 @@ def grid(*rows: tuple[str, str]) -> Table:
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for name, text in rows:
-        made.add_row(name, escape(text))
+        made.add_row(name, markup(text))
     return made
 
 
 def tick(good: bool, text: str) -> str:
     """A line that says whether something is as it should be."""
-    return f"[{'green' if good else 'red'}]{'✓' if good else '✗'}[/] {escape(text)}"
+    return f"[{'green' if good else 'red'}]{'✓' if good else '✗'}[/] {markup(text)}"
 
 
 def styled(text: str, style: str) -> str:
     """A text of unknown content in a style."""
-    return f"[{style}]{escape(text)}[/]" if style else escape(text)
+    return f"[{style}]{markup(text)}[/]" if style else markup(text)
 
 
 def short(text: str, most: int = 40) -> str:

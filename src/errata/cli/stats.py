@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
-from rich.markup import escape
 
 from ..errors import UsageError
+from ..escape import markup
 from . import options, shell
 
 if TYPE_CHECKING:
@@ -93,6 +93,6 @@ def _shown(result: dict[str, Any]) -> list[RenderableType]:
     )
     for row in result["layers"]:
         shares = ("–" if row[key] is None else f"{row[key]:.1%}" for key in ("error", "change"))
-        table.add_row(str(row["layer"]), escape(row["module"]), str(row["d_in"]), f"{row['tokens']:,}", *shares)
+        table.add_row(str(row["layer"]), markup(row["module"]), str(row["d_in"]), f"{row['tokens']:,}", *shares)
     note = "[dim]error: of C, relative; moved by: the change of C^-1 k when the tokens last doubled.[/]"
-    return [table, note, f"kept in {escape(result['folder'])}; use it with --set corpus={escape(result['text'])}"]
+    return [table, note, f"kept in {markup(result['folder'])}; use it with --set corpus={markup(result['text'])}"]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from ..errors import UsageError
+from ..escape import markup
 from . import options, shell
 
 if TYPE_CHECKING:
@@ -152,5 +152,5 @@ def _shown(result: dict[str, Any]) -> list[RenderableType]:
         mark = "bold" if look is best else ""
         table.add_row(*(shell.styled(t, mark) for t in (str(look["step"]), *(f"{look[k]:.3f}" for k in parts))))
     note = "[dim]losses of the validation part; the editor is the one with the least total.[/]"
-    use = f"{escape(result['editor'])} ({shell.size(result['bytes'])}): use it with --set editor={result['editor']}"
-    return [table, note, escape(use)]
+    use = f"{markup(result['editor'])} ({shell.size(result['bytes'])}): use it with --set editor={result['editor']}"
+    return [table, note, markup(use)]

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+from ..documents import said
 from .case import Case, Kind, Probe
 from .row import BadRow, Row
 
@@ -66,23 +67,20 @@ def sanitation(row: Row) -> Case:
 def _probes(row: Row, field: str, kind: Kind, other: str | None) -> Iterator[Probe]:
     groups = row.get(field) or {}
     if not isinstance(groups, dict):
-        raise BadRow(f"field {field!r}: expected groups of prompts by name, found {type(groups).__name__}")
-    for aspect, asked in groups.items():
-        for question in asked or ():
-            name = f"{field}.{aspect}"
-            if not isinstance(question, dict) or not isinstance(question.get("prompt"), str):
-                raise BadRow(f"field {name!r}: expected a prompt and its ground_truth, found {question!r}")
-            answers = _ways(row, name, question.get("ground_truth"))
+        raise BadRow(f"field {field!r}: expected groups of prompts by name, found {said(groups)}")
+    for aspect in groups:
+        name = f"{field}.{aspect}"
+        for question in Row(groups, row.file, row.number, f"{field}.").rows(aspect):
+            prompt, answers = question.text("prompt"), _ways(question, "ground_truth", question.get("ground_truth"))
             if not answers:
-                log.warning("%s, field %r: %r has no answer and is left out", row.place, name, question["prompt"])
+                log.warning("%s, field %r: %r has no answer and is left out", row.place, name, prompt)
                 continue
-            yield Probe(kind, question["prompt"], answers[0], other, tuple(answers[1:]), aspect)
+            yield Probe(kind, prompt, answers[0], other, tuple(answers[1:]), aspect)
 
 
 def _ways(row: Row, field: str, found: Any) -> list[str]:
     """All ways to write an answer, the first one first."""
     if isinstance(found, list):
         return [way for part in found for way in _ways(row, field, part)]
-    if found is None or isinstance(found, str):
-        return [found] if found and found.strip() else []
-    raise BadRow(f"field {field!r}: expected a text or a list of texts, found {found!r}")
+    empty = found is None or (isinstance(found, str) and not found.strip())
+    return [] if empty else [row.as_text(field, found, "a text or a list of texts")]

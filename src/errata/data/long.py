@@ -32,8 +32,7 @@ def akew(row: Row) -> Case:
     subject, passage = row.text(f"{asked}.subject"), row.text(f"{asked}.fact_new_uns")
     edit = row.made(prompt, subject, passage, None, f"{asked}.prompt")
     probes = [Probe("paraphrase", p, edit.target) for p in row.texts("paraphrase_prompts")]
-    for i, one in enumerate(row.get(f"{asked}.unsfact_triplets_GPT") or ()):
-        part = row.inside(f"{asked}.unsfact_triplets_GPT.{i}", one)
+    for part in row.rows(f"{asked}.unsfact_triplets_GPT"):
         question = part.text("prompt").replace("{}", part.text("subject"))
         probes.append(Probe("portability", question, part.text("target"), None, (), "sub-question"))
     return Case(row.id, edit, tuple(probes), row.maybe(f"{asked}.relation_id"))

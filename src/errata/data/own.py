@@ -1,22 +1,49 @@
-"""A user's own data: JSON, JSON lines, or CSV.
+"""A user's own data, in any of the forms that `table` reads.
 
-`prompt`, `subject`, `target` are wanted; `truth`, `relation`, `case_id` may be there. Questions: `paraphrases` (texts);
-`neighbours` and `portability` (each `prompt` and `answer`, and perhaps `aliases` and `aspect`); `openings` and
-`references` (texts). In a CSV file, where a field is one text: `paraphrase`, `neighbour` with `neighbour_answer`,
-`follows` with `follows_answer`; several of a kind are numbered, `paraphrase_1`, `paraphrase_2`.
+`prompt`, `subject`, `target` are wanted; `truth`, `relation`, `case_id` may be there. They may have other names, as in
+`question`, `entity`, `answer`, `old` (`SYNONYMS`). Questions: `paraphrases` (texts); `neighbours` and `portability`
+(each `prompt` and `answer`, and perhaps `aliases` and `aspect`); `openings` and `references` (texts). In a table, where
+a field is one text: `paraphrase`, `neighbour` with `neighbour_answer`, `follows` with `follows_answer`; several of a
+kind are numbered, `paraphrase_1`, `paraphrase_2`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from .case import Case, Kind, Probe
 from .row import BadRow, Row
+from .table import column
+
+SYNONYMS = {
+    "prompt": ("prompt", "question", "query"),
+    "subject": ("subject", "entity"),
+    "target": ("target", "answer", "new", "new_answer", "target_new", "correction"),
+    "truth": ("truth", "old", "old_answer", "ground_truth"),
+    "paraphrase": ("paraphrase", "rephrase", "rephrase_prompt"),
+}
+"""What a field may be called, by errata's own name for it."""
+_OWN = {other: name for name, others in SYNONYMS.items() for other in others}
+WANTED = ("prompt", "subject", "target")
+
+
+def is_own(row: Row) -> bool:
+    """Whether a row has a prompt, a subject and a target, whatever they are called."""
+    return {_OWN.get(column(name)) for name in row.fields} >= set(WANTED)
+
+
+def names_subject(row: Row) -> bool:
+    """Whether a row has a subject, whatever it is called."""
+    return any(_OWN.get(column(name)) == "subject" for name in row.fields)
 
 
 def own(row: Row) -> Case:
-    """A row in errata's own words."""
-    edit = row.edit("prompt", "subject", "target", row.maybe("truth"))
+    """A row in errata's own words, or in synonyms of them."""
+    row = renamed(row)
+    edit = row.edit(*WANTED, row.maybe("truth"))
     same = [*row.texts("paraphrases"), *(row.text(name) for name in _numbered(row, "paraphrase"))]
     probes = [Probe("paraphrase", p, edit.target, edit.truth) for p in same]
     probes += _listed(row, "neighbours", "neighbourhood", edit.target)
@@ -32,18 +59,32 @@ def own(row: Row) -> Case:
     return Case(row.id, edit, tuple(probes), row.maybe("relation"), openings=openings, references=references)
 
 
+def renamed(row: Row) -> Row:
+    """The row with its synonyms under errata's own names.
+
+    Raises:
+        BadRow: two of its fields say the same thing.
+    """
+    found: dict[str, Any] = {}
+    named: dict[str, str] = {}
+    for name, value in row.fields.items():
+        if value in (None, ""):
+            found.setdefault(_OWN.get(column(name), name), value)
+            continue
+        own_name = _OWN.get(column(name), name)
+        if own_name in named:
+            raise BadRow(f"fields {named[own_name]!r} and {name!r} both say what the {own_name} is; leave one out")
+        found[own_name], named[own_name] = value, name
+    return replace(row, fields=found)
+
+
 def _numbered(row: Row, name: str) -> Iterator[str]:
     """The fields `name`, `name_1`, `name_2` ... that hold something."""
-    for field in (name, *(f"{name}_{i}" for i in range(1, 100))):
-        if row.get(field) not in (None, ""):
-            yield field
+    found = [f for f in row.fields if re.fullmatch(rf"{name}(_\d+)?", f) and row.get(f) not in (None, "")]
+    yield from sorted(found, key=lambda f: int(f.removeprefix(name).strip("_") or 0))
 
 
 def _listed(row: Row, name: str, kind: Kind, other: str | None) -> Iterator[Probe]:
-    found = row.get(name) or []
-    if not isinstance(found, list):
-        raise BadRow(f"field {name!r}: expected a list of prompts with answers, found {found!r}")
-    for i, one in enumerate(found):
-        part = row.inside(f"{name}.{i}", one)
+    for part in row.rows(name):
         ways = tuple(part.texts("aliases"))
         yield Probe(kind, part.text("prompt"), part.text("answer"), other, ways, part.maybe("aspect") or "")

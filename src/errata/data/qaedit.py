@@ -12,7 +12,6 @@ def qaedit(row: Row) -> Case:
     probes = []
     if rephrase := row.maybe("rephrase"):
         probes.append(Probe("paraphrase", rephrase, edit.target))
-    for i, near in enumerate(row.get("locality") or ()):
-        part = row.inside(f"locality.{i}", near)
+    for part in row.rows("locality"):
         probes.append(Probe("neighbourhood", part.text("loc"), part.text("loc_ans"), edit.target))
     return Case(row.id, edit, tuple(probes))

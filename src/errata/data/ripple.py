@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
+from ..documents import said
 from .case import Case, Kind, Probe
 from .row import BadRow, Row
 
@@ -54,15 +54,18 @@ def _parts(sentence: str) -> tuple[str, str, str]:
 
 
 def _probes(row: Row, aspect: str, kind: Kind, target: str) -> Iterator[Probe]:
-    for test in row.get(aspect) or ():
-        for query in test.get("test_queries") or ():
-            answers = [way for a in query.get("answers") or () for way in _ways(a)]
+    for test in row.rows(aspect):
+        for query in test.rows("test_queries"):
+            answers = [way for answer in query.rows("answers") for way in _ways(answer)]
             if answers and query.get("prompt"):
                 other = target if kind == "neighbourhood" else None
-                yield Probe(kind, query["prompt"], answers[0], other, tuple(answers[1:]), aspect)
+                yield Probe(kind, query.text("prompt"), answers[0], other, tuple(answers[1:]), aspect)
 
 
-def _ways(answer: Any) -> list[str]:
+def _ways(answer: Row) -> list[str]:
     """All ways to write an answer."""
-    found = [answer.get("value"), *(answer.get("aliases") or ())]
-    return [way for way in found if isinstance(way, str) and way.strip()]
+    aliases = answer.get("aliases") or []
+    if not isinstance(aliases, list):
+        raise BadRow(f"field {answer.within + 'aliases'!r}: expected a list of texts, found {said(aliases)}")
+    named = [("value", answer.get("value")), *(("aliases", alias) for alias in aliases)]
+    return [answer.as_text(name, way) for name, way in named if way is not None and way != ""]

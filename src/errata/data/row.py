@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .. import text as texts
+from ..documents import said
 from ..edit import Edit
 from ..errors import ErrataError, UsageError
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class BadRow(ErrataError):
@@ -25,6 +29,8 @@ class Row:
     """Which row of its file it is, from 1; in JSON lines, which line."""
     within: str = ""
     """The name of the field that it is in, with a dot."""
+    used: set[str] = field(default_factory=set, compare=False, repr=False)
+    """The fields that were asked for so far."""
 
     @property
     def place(self) -> str:
@@ -32,12 +38,22 @@ class Row:
         return f"{self.file}, row {self.number}"
 
     @property
+    def rest(self) -> dict[str, Any]:
+        """The fields that nobody asked for."""
+        return {name: value for name, value in self.fields.items() if name not in self.used}
+
+    @property
     def id(self) -> int | str:
-        """The row's `case_id`, or its number."""
+        """The row's `case_id` or `id`, or its number."""
+        self.used.update(("case_id", "id"))
         given = [self.fields[name] for name in ("case_id", "id") if self.fields.get(name) not in (None, "")]
         found = given[0] if given else self.number
-        if isinstance(found, bool) or not isinstance(found, int | str):
-            raise BadRow(f"field 'case_id': expected a number or a text, found {found!r}")
+        if (
+            isinstance(found, bool)
+            or not isinstance(found, int | str)
+            or (isinstance(found, str) and _HALF.search(found))
+        ):
+            raise BadRow(f"field 'case_id': expected a number or a text, found {said(found)}")
         return found
 
     def edit(self, prompt: str, subject: str, target: str, truth: str | None) -> Edit:
@@ -58,7 +74,7 @@ class Row:
     def inside(self, name: str, fields: Any) -> Row:
         """What is in the field of this name, as a row whose fields are named in full."""
         if not isinstance(fields, Mapping):
-            raise BadRow(f"field {self._named(name)!r}: expected fields by name, found {_said(fields)}")
+            raise BadRow(f"field {self._named(name)!r}: expected fields by name, found {said(fields)}")
         return Row(fields, self.file, self.number, f"{self.within}{name}.")
 
     def _named(self, name: str) -> str:
@@ -66,6 +82,7 @@ class Row:
 
     def get(self, name: str) -> Any:
         """A field's value as it is; None where it is missing."""
+        self.used.add(name.partition(".")[0])
         value: Any = self.fields
         for part in name.split("."):
             if not isinstance(value, Mapping):
@@ -75,16 +92,16 @@ class Row:
 
     def has(self, name: str) -> bool:
         """Whether there is such a field, whatever it holds."""
-        outer, _, inner = name.rpartition(".")
-        found = self.get(outer) if outer else self.fields
-        return isinstance(found, Mapping) and inner in found
+        value: Any = self.fields
+        for part in name.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return False
+            value = value[part]
+        return True
 
     def text(self, name: str) -> str:
         """A text that must be there."""
-        found = self.get(name)
-        if not isinstance(found, str) or not found.strip():
-            raise BadRow(f"field {self._named(name)!r}: expected a text, found {_said(found)}")
-        return found
+        return self.as_text(name, self.get(name))
 
     def maybe(self, name: str) -> str | None:
         """A text that may be missing."""
@@ -95,13 +112,25 @@ class Row:
         found = self.get(name)
         if found is None:
             return []
-        if not isinstance(found, list) or not all(isinstance(t, str) and t.strip() for t in found):
-            raise BadRow(f"field {self._named(name)!r}: expected a list of texts, found {_said(found)}")
-        return found
+        if not isinstance(found, list):
+            raise BadRow(f"field {self._named(name)!r}: expected a list of texts, found {said(found)}")
+        return [self.as_text(name, one, "a list of texts", found) for one in found]
 
+    def rows(self, name: str) -> list[Row]:
+        """A list of what has fields of its own; a missing one is empty."""
+        found = self.get(name)
+        if found is None:
+            return []
+        if not isinstance(found, list):
+            raise BadRow(f"field {self._named(name)!r}: expected a list of fields by name, found {said(found)}")
+        return [self.inside(f"{name}.{i}", one) for i, one in enumerate(found)]
 
-def _said(value: Any) -> str:
-    if value is None:
-        return "none"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "…"
+    def as_text(self, name: str, value: Any, wanted: str = "a text", found: Any = None) -> str:
+        """A value as a text; what is none is an error that names the field, what was wanted, and what was found."""
+        if not isinstance(value, str) or not value.strip():
+            quoted = " (in quotes it is a text)" if isinstance(value, int | float) else ""
+            shown = said(value if found is None else found)
+            raise BadRow(f"field {self._named(name)!r}: expected {wanted}, found {shown}{quoted}")
+        if half := _HALF.search(value):
+            raise BadRow(f"field {self._named(name)!r}: there is half a character, {half[0]!r}, in it")
+        return value

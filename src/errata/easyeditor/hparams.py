@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-import yaml
 
+from ..documents import is_file, parsed_yaml, said
 from ..errors import UsageError
 from ..lm import LM
 from ..loading import load
 from ..method import Method, method
+from ..typed import hints
 from .keys import Fields, Keys, Unused, fields, flat, meaning, number
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "half": torch.float16}
 """Keys that make numbers shorter, and to what."""
 PLACES = "rewrite_module_tmp"
+ATTRIBUTES = ("alg_name", "model_name", "device", "batch_size")
+"""What a file says that is an attribute of the class too."""
 
 BY_SHAPE = Unused("the parts of a model are found by shape")
 BY_CLASS = Unused("transformers' auto classes load model and tokenizer")
@@ -70,26 +73,40 @@ class HyperParams:
     def __init__(self, **values: Any) -> None:
         found = values.setdefault("alg_name", values.get("alg", self.alg_name))
         if found != self.alg_name:
-            raise UsageError(f"the file is for {found}, and {type(self).__name__} is for {self.alg_name}")
-        if "model_name" not in values:
-            raise UsageError("model_name is missing; give a folder, a name on the hub, or almanac")
+            named = found if isinstance(found, str) else said(found)
+            raise UsageError(f"the file is for {named}, and {type(self).__name__} is for {self.alg_name}")
+        self._refuse_unusable(values)
         self.ignored = self._explained(flat(values))
         """Keys that change nothing, and why."""
         fields(self.keys, flat(values))
         self.__dict__.update({key: number(value) for key, value in values.items()})
+
+    def _refuse_unusable(self, values: Fields) -> None:
+        """Refuse what would take the place of something of the class, and models and devices that are none."""
+        if "model_name" not in values:
+            raise UsageError("model_name is missing; give a folder, a name on the hub, or almanac")
+        for key in values:
+            if key not in ATTRIBUTES and hasattr(HyperParams, key):
+                raise UsageError(f"{self.alg_name} has no key {key!r}, and a name of this class can't be one")
+        model, device = values["model_name"], values.get("device")
+        if not isinstance(model, str) and not (isinstance(model, tuple | list) and len(model) == 2):
+            raise UsageError(f"model_name is {said(model)}; give a folder, a name on the hub, or almanac")
+        if isinstance(device, bool) or not isinstance(device, int | str | None):
+            raise UsageError(f"device is {said(device)}; give the number of a GPU, or cpu")
+        self._named_dtype(values.get("dtype", "float32"))
 
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str) -> Self:
         """Read a YAML file; `.yaml` may be left out."""
         name = str(hparams_name_or_path)
         path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
-        if not path.is_file():
+        if not is_file(path):
             raise UsageError(f"there is no file {str(path)!r}; give one of EasyEdit's hparams files")
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            values = parsed_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise UsageError(f"{str(path)!r} is no YAML: {error}") from error
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise UsageError(f"{str(path)!r} holds no settings by name; give one of EasyEdit's hparams files")
         return cls(**values)
 
@@ -100,7 +117,8 @@ class HyperParams:
 
     def settings(self, lm: LM) -> Fields:
         """The fields of the errata method that the file sets."""
-        found = fields(self.keys, flat(vars(self)))
+        found, known = fields(self.keys, flat(vars(self))), hints(self.method)
+        found |= self.method.checked({name: value for name, value in found.items() if name in known})
         self._check_places(lm, found)
         return found
 
@@ -111,7 +129,10 @@ class HyperParams:
     def loaded(self) -> LM:
         """The model that the file names."""
         if not isinstance(self.model_name, str):
-            return LM(*self.model_name)
+            model, tokenizer = self.model_name
+            if not hasattr(model, "config") or not callable(tokenizer):
+                raise UsageError(f"model_name is {said(self.model_name)}; give a name, or a model and its tokenizer")
+            return LM(model, tokenizer)
         device = f"cuda:{self.device}" if isinstance(self.device, int) else self.device
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             log.warning("the file asks for %s, and there is no GPU: the model is on the CPU", device)
@@ -119,16 +140,23 @@ class HyperParams:
         return load(self.model_name, dtype=self._dtype(), device=device)
 
     def _dtype(self) -> torch.dtype:
-        named = str(getattr(self, "dtype", "float32")).removeprefix("torch.")
         short = [dtype for key, dtype in DTYPES.items() if getattr(self, key, False)]
-        return short[0] if short else getattr(torch, named)
+        return short[0] if short else self._named_dtype(getattr(self, "dtype", "float32"))
+
+    def _named_dtype(self, named: Any) -> torch.dtype:
+        found = getattr(torch, str(named).removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise UsageError(f"dtype is {said(named)}; give float32, bfloat16 or float16")
+        return found
 
     def _check_places(self, lm: LM, settings: Fields) -> None:
         """Whether the layers' matrices that errata finds by shape are those that the file names."""
-        named: str = getattr(self, PLACES, "")
+        named: Any = getattr(self, PLACES, "")
+        if not isinstance(named, str):
+            raise UsageError(f"{PLACES} is {said(named)}; give a module's name with {{}} for the layer")
         layers = settings.get("layers", (settings["layer"],) if "layer" in settings else ())
         for layer in layers if named else ():
-            wanted, found = named.format(layer).removesuffix(".weight"), lm.site(layer).name
+            wanted, found = named.replace("{}", str(layer)).removesuffix(".weight"), lm.site(layer).name
             if wanted != found:
                 raise UsageError(f"{PLACES} says {wanted}, and errata edits {found} there; change the file")
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..documents import said
 from ..errors import UsageError
 from ..presets import frozen
 
@@ -66,20 +67,29 @@ def fields(keys: Keys, values: Values) -> Fields:
                 found[field] = frozen(value)
             case Choice(known):
                 if value not in list(known):  # a list can't be looked up
-                    raise UsageError(f"{key} is {value!r}; errata has {' or '.join(map(repr, known))}")
+                    raise UsageError(f"{key} is {said(value)}; errata has {' or '.join(map(repr, known))}")
                 found |= known[value]
             case Unused() | None:
                 pass
             case read:
-                found |= read(value, values)
+                found |= _read(read, key, value, values)
     return found
+
+
+def _read(read: Reader, key: str, value: Any, values: Values) -> Fields:
+    try:
+        return read(value, values)
+    except UsageError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise UsageError(f"{key} is {said(value)}, which is none that errata can read") from error
 
 
 def flat(values: Values, under: str = "") -> Fields:
     """The values with those of nested keys beside the others, and numbers that YAML took for text as numbers."""
     found: Fields = {}
     for key, value in values.items():
-        found |= flat(value, f"{under}{key}.") if isinstance(value, Mapping) else {under + key: number(value)}
+        found |= flat(value, f"{under}{key}.") if isinstance(value, Mapping) else {f"{under}{key}": number(value)}
     return found
 
 
@@ -98,7 +108,7 @@ def one(field: str) -> Reader:
 
     def read(value: Any, values: Values) -> Fields:
         if isinstance(value, list) and len(value) != 1:
-            raise UsageError(f"{values['alg_name']} edits one place, and the file lists {value}; give one")
+            raise UsageError(f"{values['alg_name']} edits one place, and the file lists {said(value)}; give one")
         return {field: value[0] if isinstance(value, list) else value}
 
     return read

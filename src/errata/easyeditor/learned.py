@@ -19,6 +19,7 @@ from ..errors import UsageError
 from ..lm import LM
 from ..parts.taps import places
 from ..train import Course, Losses, Trained
+from ..typed import checked
 from .datasets import Dataset
 from .hparams import HyperParams
 from .keys import Choice, Fields, Reader, Unused, Values, beside, given, modules, only
@@ -99,7 +100,7 @@ class LearnedHyperParams(HyperParams):
     def training(self, lm: LM) -> Course:
         """How an editor is trained; what the file lacks is the preset's."""
         said = {k.removeprefix(COURSE): v for k, v in super().settings(lm).items() if k.startswith(COURSE)}
-        return Course(**{**presets.course(self.errata_name, lm), **said})
+        return Course(**{**presets.course(self.errata_name, lm), **checked(Course, said, "a training")})
 
     def _check_editor(self, lm: LM, editor: Editor) -> None:
         """Whether the editor has the matrices and the network that the file names."""

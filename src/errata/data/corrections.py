@@ -1,0 +1,98 @@
+"""A list of corrections, as people keep them: a row is what is asked, about whom, and the right answer.
+
+The file may be whatever `table` reads, and a row in errata's own words, in synonyms of them, or of a published data
+set that names its subjects. Every bad row is told at once, and nothing of a list with one is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..documents import is_file
+from ..edit import Edit
+from ..errors import ErrataError, UsageError
+from . import own, table
+from .case import Case
+from .read import FORMATS, NO_SUBJECT, OWN, format_of
+from .row import BadRow, Row
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """One row of a list."""
+
+    edit: Edit
+    row: int
+    """Which row of its file it is, from 1; in JSON lines, which line."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Its further columns, such as `source`, `author` or `id`."""
+    case: Case | None = None
+    """The questions that the row brings with it."""
+
+
+def corrections(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Correction]:
+    """The corrections of a file, in their order.
+
+    Args:
+        path: JSON, JSON lines, YAML, CSV, TSV, or .xlsx where openpyxl is installed.
+        columns: errata's name for a field, by what the file calls it: `{"Frage": "prompt"}`.
+
+    Raises:
+        UsageError: there is no such file, it has no rows, or some can't be read; all of these are named.
+    """
+    path = Path(path)
+    if not is_file(path):
+        raise UsageError(f"there is no file {str(path)!r}; give a list of rows with prompt, subject and target")
+    found: list[Correction] = []
+    bad: list[str] = []
+    formats: dict[str, None] = {}
+    for number, fields in table.rows(path, table.PART):
+        row = Row(fields, path.name, number)
+        try:
+            name, some = _read(row, columns or {})
+        except ErrataError as error:
+            bad.append(f"row {number}: {error}")
+            continue
+        found += some
+        formats[name] = None
+    if bad:
+        rows = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
+        raise UsageError(
+            f"{path.name}: {rows} of {len(found) + len(bad)} can't be read, so none is taken: {'; '.join(bad)}"
+        )
+    if not found:
+        raise UsageError(f"{str(path)!r} holds no list of edits; give rows with prompt, subject and target")
+    log.info("%s: %d rows, read as %s", path.name, len(found), " and ".join(formats))
+    return found
+
+
+def _read(row: Row, columns: Mapping[str, str]) -> tuple[str, list[Correction]]:
+    """The format of a row, and what it corrects."""
+    if columns and isinstance(row.fields, dict):
+        row = _with_columns(row, columns)
+    name = format_of(row)
+    if name == OWN:
+        row = own.renamed(row)
+        case = own.own(row)
+        ids = {key: row.fields[key] for key in ("case_id", "id") if row.fields.get(key) not in (None, "")}
+        return name, [Correction(case.edit, row.number, {**ids, **row.rest}, case)]
+    marks, to_case = FORMATS[name]
+    if NO_SUBJECT in marks or not (own.names_subject(row) or marks[0].startswith("requested_rewrite")):
+        raise BadRow(f"nothing says what it is about; give a subject beside {' and '.join(sorted(row.fields))}")
+    case = to_case(row)
+    return name, [Correction(edit, row.number, {}, case) for edit in case.edits]
+
+
+def _with_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row with its own names of columns replaced by errata's."""
+    ours = {table.column(theirs): name for theirs, name in columns.items()}
+    fields = {ours.get(table.column(str(name)), name): value for name, value in row.fields.items()}
+    if missing := [theirs for theirs, name in columns.items() if name not in fields]:
+        raise BadRow(f"it has no column {missing[0]!r}; its columns are {', '.join(map(str, row.fields))}")
+    return Row(fields, row.file, row.number)
