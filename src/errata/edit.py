@@ -140,6 +140,11 @@ def question(values: Mapping[str, Any]) -> str:
     return Edit.read({name: values[name] for name in ("prompt", "subject", "target")}).text
 
 
+def asks(edit: Edit) -> str:
+    """What an edit answers, the same for all ways of writing it."""
+    return texts.words(edit.text)
+
+
 def agree(edits: Sequence[Edit], numbers: Sequence[int] | None = None) -> None:
     """Refuse edits that answer one question in two ways; case and spacing make no other question.
 
@@ -154,8 +159,7 @@ def agree(edits: Sequence[Edit], numbers: Sequence[int] | None = None) -> None:
     first: dict[str, tuple[int, Edit]] = {}
     found: list[str] = []
     for number, edit in zip(numbers, edits, strict=True):
-        key = texts.plain(edit.text).rstrip(" ?.!:…。？！：")
-        before, other = first.setdefault(key, (number, edit))
+        before, other = first.setdefault(asks(edit), (number, edit))
         if texts.plain(other.target) != texts.plain(edit.target):
             found.append(f"{before} and {number} ({edit.text!r} is to be {other.target!r} and {edit.target!r})")
     if found:

@@ -41,7 +41,7 @@ class Patch:
     """What a method must remember of its earlier edits."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """`base` (fingerprint and name of the model), `steps` (method, settings and number of edits), `versions`, and
-    perhaps `check` (what `errata.check` found when it was made)."""
+    perhaps `check` (what `errata.check` found when it was made) and `notes` (what came with each edit, by name)."""
 
     def __bool__(self) -> bool:
         return bool(self.changes)
@@ -63,6 +63,7 @@ class Patch:
                 raise ErrataError(f"patches of two models can't be added: {_base(self)} and {_base(later)}")
             steps = _steps(self.about["steps"], later.about["steps"])
             about = {**_unchecked(self.about), **_unchecked(later.about), "steps": steps}
+        about = _with_notes(about, [*self.notes, *later.notes])
         shifted = later._renumbered(lambda owners: owners + len(self.edits))
         names = dict.fromkeys([*self.changes, *shifted])
         changes = {n: joined([*self.changes.get(n, ()), *shifted.get(n, ())]) for n in names}
@@ -98,9 +99,19 @@ class Patch:
             self,
             changes={n: cs for n, cs in changes.items() if cs},
             edits=tuple(self.edits[i] for i in stay),
-            about=_unchecked(self.about),
+            about=_with_notes(_unchecked(self.about), [self.notes[i] for i in stay]),
         )
         return replace(left, changes=left._renumbered(lambda owners: place[owners]))
+
+    @property
+    def notes(self) -> list[Mapping[str, Any]]:
+        """What came with each edit, such as its source and its author."""
+        return list(self.about.get("notes") or [{} for _ in self.edits])
+
+    def noted(self, notes: Sequence[Mapping[str, Any]]) -> Patch:
+        """The patch with notes on its last edits, one for each."""
+        kept = self.notes[: len(self.edits) - len(notes)]
+        return replace(self, about=_with_notes(self.about, [*kept, *notes]))
 
     def _renumbered(self, number: Any) -> dict[str, tuple[Change, ...]]:
         return {n: tuple(c.renumbered(number) for c in cs) for n, cs in self.changes.items()}
@@ -189,7 +200,7 @@ class Patch:
             raise ValueError(f"it has tensors that belong to no change, {said(min(left))} among them")
         if not all(bool(t.isfinite().all()) for t in carry.values()):
             raise ValueError("what it carries for the next edit are not all finite numbers")
-        _refuse_unsound(header["about"])
+        _refuse_unsound(header["about"], len(edits))
         return cls(changes, edits, carry, header["about"])
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -203,17 +214,25 @@ def is_patch(path: str | Path) -> bool:
     return store.is_sealed(path, MARK)
 
 
+def _with_notes(about: Mapping[str, Any], notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rest = {name: value for name, value in about.items() if name != "notes"}
+    return {**rest, "notes": list(map(dict, notes))} if any(notes) else rest
+
+
 def _taken(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
     """The tensors whose names begin so, without that beginning; they are gone from `tensors`."""
     return {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
 
 
-def _refuse_unsound(about: Any) -> None:
+def _refuse_unsound(about: Any, edits: int) -> None:
     """Refuse what a patch says of itself in another form than errata writes."""
     if not isinstance(about, Mapping):
         raise ValueError(f"what it says of itself is {said(about)}")
     if not about:
         return
+    notes = about.get("notes", [{}] * edits)
+    if not isinstance(notes, list) or len(notes) != edits or not all(isinstance(note, Mapping) for note in notes):
+        raise ValueError(f"the notes on its edits are {said(notes)}")
     base, steps, versions = (about.get(name) for name in ("base", "steps", "versions"))
     if not isinstance(base, Mapping) or not all(isinstance(base.get(k), str) for k in ("fingerprint", "name")):
         raise ValueError(f"the model that it is for is {said(base)}")

@@ -35,6 +35,20 @@ def plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+BETWEEN = {"Zs", "Zl", "Zp", "Cc", "Pc", "Pd", "Ps", "Pe", "Pi", "Pf"}
+"""Categories of what stands between words: spaces, hyphens, brackets, quotes."""
+MARKS = set(".,:;!?'\"…。、，：；？！")
+"""What else does."""
+
+
+def words(text: str) -> str:
+    """The text without what makes no other question of it: case, Unicode form, and what stands between words.
+
+    Signs stay, so C is not C++.
+    """
+    return plain("".join(" " if c in MARKS or unicodedata.category(c) in BETWEEN else c for c in plain(text)))
+
+
 def find(text: str, phrase: str) -> tuple[int, int] | None:
     """Start and end of the last occurrence of a phrase in whole words; None where there is none.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +28,8 @@ class Results:
     """Several reports on the same cases of one model. As JSON, an object of four parts:
 
     about:
-        `format`; `model` (`name`, `fingerprint`, `dtype`), `data` (`name`, `part`, `n`, `digest` of the cases), `seed`,
+        `format`; `model` (`name`, `fingerprint`, `dtype`), `data` (`name`, `part`, `n`, `digest` of the cases,
+        how its rows were `read`), `seed`,
         `new_tokens`, `chat`, `known` (how many cases were asked to find those that the model knew, or null), `metrics`
         (their version), `versions`; `left_out` (cells of the grid without numbers:
         `method`, `regime`, `error`); and `runs`, what else `errata.bench.Report` says of each cell (`method`,
@@ -44,6 +45,10 @@ class Results:
 
     about: Mapping[str, Any]
     reports: tuple[Report, ...]
+
+    def with_data(self, **more: Any) -> Results:
+        """The same with more said of the data, such as how its rows were `read`."""
+        return replace(self, about={**self.about, "data": {**self.about["data"], **more}})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
@@ -170,4 +175,5 @@ def short(found: Mapping[str, Any] | None) -> str:
 def _caption(results: Results) -> list[str]:
     how = "mean over cases ± half the 95% interval (from 10 cases on)"
     when = "single: asked after each edit, sequential: after all"
-    return [f"{how}; {when}", *words.abilities(results), *words.notes(results)]
+    read = [results.about["data"]["read"]] if results.about["data"].get("read") else []
+    return [f"{how}; {when}", *read, *words.abilities(results), *words.notes(results)]

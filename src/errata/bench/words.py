@@ -77,7 +77,8 @@ def provenance(results: Results) -> list[str]:
     regimes = "; ".join(f"{r}{_of(r, b)}: evaluated {e}" for r, e, b in seen)
     return [
         f"model {model['name']}, fingerprint {model['fingerprint']}, {model['dtype']}",
-        f"data {data['name'] or 'of the caller'}, {data['n']} cases, digest {data['digest'] or '–'}{_knew(results)}",
+        f"data {data['name'] or 'of the caller'}, {data['n']} cases, digest {data['digest'] or '–'}{_knew(results)}"
+        + (f", {data['read']}" if data.get("read") else ""),
         f"regimes {regimes}",
         f"generated answers: greedy, to a natural stop, at most {first['new_tokens']} tokens"
         + ("; edits and questions are users' turns by the model's chat template" if results.about.get("chat") else ""),

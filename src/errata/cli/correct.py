@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,11 +16,13 @@ from ..edit import Edit, agree, question
 from ..errors import ErrataError, UsageError
 from ..escape import markup
 from . import options, shell
+from .patches import Model, Place, carried, model_of
 
 if TYPE_CHECKING:
     from ..ask import Reply
     from ..changes import Change
     from ..check import Check
+    from ..data import Correction
     from ..lm import LM
     from ..method import Method
     from ..patch import Patch
@@ -30,7 +33,6 @@ SHOWN = 3
 """Questions that an edit moved and that are shown."""
 THROUGH = "what goes through the LM"
 """Where a change is that is of no module."""
-PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A file that `errata edit --save` wrote.")]
 
 
 def edit(
@@ -40,13 +42,23 @@ def edit(
     subject: Annotated[str | None, typer.Option("--subject", "-s", help="What the fact is about.")] = None,
     to: Annotated[str | None, typer.Option("--to", "-t", help="What the model shall say.")] = None,
     edits: Annotated[
-        Path | None, typer.Option("--edits", help="Several edits: JSON or JSON lines with prompt, subject, target.")
+        Path | None,
+        typer.Option(
+            "--edits",
+            help="A list: CSV, TSV, JSON, JSON lines, YAML or .xlsx, with prompt (question), subject, target (answer) "
+            "in each row. Further columns are kept in the patch.",
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option("--map", metavar="THEIRS=OURS,...", help="What the list calls its columns, as in Frage=prompt."),
     ] = None,
     method: Annotated[str, typer.Option("--method", help="How to edit; `errata methods` lists them.")] = "rome",
     model: options.Model = "almanac",
     assignments: options.Settings = None,
     after: Annotated[Path | None, typer.Option("--after", help="A patch that this edit comes on top of.")] = None,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Where to keep the patch.")] = None,
+    force: options.Force = False,
     chat: options.Chat = False,
     anyway: Annotated[
         bool,
@@ -60,9 +72,10 @@ def edit(
     as_json: options.Json = False,
 ) -> None:
     """Correct a fact, and keep the correction as a patch. The model itself is left as it was."""
-    wanted = [replace(e, chat=e.chat or chat) for e in _wanted(prompt, subject, to, edits)]
+    listed = _wanted(prompt, subject, to, edits, columns)
+    wanted = [replace(one.edit, chat=one.edit.chat or chat) for one in listed]
     if not anyway:
-        agree(wanted)
+        agree(wanted, [one.row for one in listed])
     from ..method import method as by_name
     from ..patch import Patch
     from . import settings
@@ -70,8 +83,8 @@ def edit(
 
     kind = by_name(method)
     chosen = settings.read(kind, assignments or ())
-    shell.check_writable(save)
-    prior = Patch.load(after) if after else Patch()
+    shell.check_patch_file(save, force)
+    prior = carried(after) if after else Patch()
 
     lm = shell.load(model, dtype, device)
     how = kind.preset(lm, **chosen)
@@ -80,11 +93,14 @@ def edit(
     if imprint(lm) != before_all:
         raise ErrataError(f"{method} did not leave {lm.name} as it was; the patch is not kept, please report this")
     keeps = save is not None and any(done.new) and (anyway or not done.failed)
+    notes = [one.notes for one, new in zip(listed, done.new, strict=True) if new]
+    patch = done.patch.noted(notes) if notes else done.patch
     if save and keeps:
-        done.patch.save(save)
+        patch.save(save)
 
     found = {
         "model": {"name": lm.name, "fingerprint": lm.fingerprint},
+        "list": None if edits is None else _read_as(edits, listed),
         "method": method,
         "settings": done.patch.about["steps"][-1]["settings"] if any(done.new) else None,
         "edits": done.rows(),
@@ -102,20 +118,19 @@ def edit(
         raise ErrataError(_not_taken(done.failed, sum(done.new)))
 
 
-def show(path: PatchFile, as_json: options.Json = False) -> None:
+def show(path: Place, as_json: options.Json = False) -> None:
     """Say what a patch corrects, in which model, by what method, and how large it is. No model is loaded."""
-    from ..patch import Patch
-
-    patch = Patch.load(path)
+    patch = carried(path)
     listed = [change for there in patch.changes.values() for change in there]
     found = {
         "file": str(path),
-        "bytes": path.stat().st_size,
+        "bytes": patch.bytes if path.is_dir() else path.stat().st_size,
         "model": patch.about.get("base"),
         "steps": patch.about.get("steps", []),
         "check": patch.about.get("check"),
         "versions": patch.about.get("versions"),
         "edits": [e.to_dict() for e in patch.edits],
+        "notes": [dict(notes) for notes in patch.notes],
         "changes": changes(patch),
         "remembered": [text for change in listed for text in change.told],
         "carry": {name: list(t.shape) for name, t in patch.carry.items()},
@@ -124,12 +139,12 @@ def show(path: PatchFile, as_json: options.Json = False) -> None:
 
 
 def apply(
-    path: PatchFile,
+    path: Place,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help="What to ask; may be repeated. By default what the patch corrects."),
     ] = None,
-    model: options.Model = "almanac",
+    model: Model = None,
     scale: Annotated[float, typer.Option("--scale", help="Strength of the patch: 0 is the base, 1 the patch.")] = 1.0,
     tokens: Annotated[
         int | None, typer.Option("--tokens", min=1, help="How many tokens of an answer to show; 24, in a chat 100.")
@@ -147,15 +162,17 @@ def apply(
     as_json: options.Json = False,
 ) -> None:
     """Ask the model with a patch applied, next to what it says without it."""
-    from ..patch import Patch
-
-    patch = Patch.load(path)
+    if not math.isfinite(scale):
+        raise UsageError(f"--scale is {scale}; give a number, such as 0.5")
+    if prompt and not all(p.strip() for p in prompt):
+        raise UsageError("--prompt is empty; give what to ask")
+    patch = carried(path)
     talk = chat and not prompt and not as_json and shell.interactive()
     questions = [(p, chat) for p in prompt] if prompt else [(e.text, chat or e.chat) for e in patch.edits]
     if not questions and not talk:
         raise UsageError(f"{str(path)!r} has no edits of its own to ask about; give --prompt")
     scaled = patch if scale == 1 else patch.scaled(scale)
-    lm = shell.load(model, dtype, device)
+    lm = shell.load(model_of(patch, model), dtype, device)
     length = tokens or (CHAT_TOKENS if chat else TOKENS)
     if talk:
         _talk(lm, scaled, length)
@@ -182,43 +199,39 @@ def apply(
 # What is asked for
 
 
-def _wanted(prompt: str | None, subject: str | None, to: str | None, edits: Path | None) -> list[Edit]:
+def _wanted(
+    prompt: str | None, subject: str | None, to: str | None, edits: Path | None, columns: str | None
+) -> list[Correction]:
+    from ..data import Correction, corrections
+
     if edits is not None:
         if prompt or subject or to:
             raise UsageError("give either --edits FILE, or PROMPT with --subject and --to")
-        return _listed(edits)
+        return corrections(edits, _columns(columns))
+    if columns:
+        raise UsageError("--map names the columns of --edits FILE; give both, or neither")
     for value, name in ((prompt, "PROMPT"), (subject, "--subject"), (to, "--to")):
         if value is None:
             raise UsageError(f"{name} is missing; an edit is PROMPT --subject SUBJECT --to TARGET, or --edits FILE")
-    return [Edit(prompt or "", subject or "", to or "")]
+    return [Correction(Edit(prompt or "", subject or "", to or ""), 1)]
 
 
-def _listed(path: Path) -> list[Edit]:
-    """The edits of a file: a list of objects with the fields of an Edit, or one such object a line."""
-    if not path.is_file():
-        raise UsageError(f"there is no file {str(path)!r}; give JSON or JSON lines with prompt, subject and target")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x.strip()]
-    except ValueError as error:
-        raise UsageError(f"{str(path)!r} is no JSON ({error}); a list is .json, one edit a line .jsonl") from error
-    if not isinstance(rows, list) or not rows:
-        raise UsageError(f"{str(path)!r} holds no list of edits; give objects with prompt, subject and target")
-    return [_edit(row, f"{path.name}, edit {number}") for number, row in enumerate(rows, 1)]
+def _read_as(path: Path, listed: Sequence[Correction]) -> str:
+    """How a list was read, in words."""
+    formats = " and ".join(dict.fromkeys(one.format for one in listed))
+    kept = ", ".join(dict.fromkeys(name for one in listed for name in one.notes))
+    return f"{path.name}: {len(listed)} edits, read as {formats}" + (f"; kept with them: {kept}" if kept else "")
 
 
-def _edit(row: Any, place: str) -> Edit:
-    if not isinstance(row, dict):
-        raise UsageError(f"{place}: expected an object with prompt, subject and target, found {json.dumps(row)[:80]}")
-    known = {f.name: f.default for f in fields(Edit)}
-    for name in row:
-        if name not in known:
-            raise UsageError(f"{place}: there is no field {name!r} in an edit; it has {', '.join(known)}")
-    values = {name: row.get(name) for name in ("prompt", "subject", "target")}
-    try:
-        return Edit(**{**values, **{k: v for k, v in row.items() if v is not None}})
-    except UsageError as error:
-        raise UsageError(f"{place}: {error}") from None
+def _columns(named: str | None) -> dict[str, str]:
+    """`"Frage=prompt,Antwort=target"` as `{"Frage": "prompt", "Antwort": "target"}`."""
+    found = {}
+    for part in (named or "").split(","):
+        theirs, equals, ours = (word.strip() for word in part.partition("="))
+        if part.strip() and not (theirs and equals and ours):
+            raise UsageError(f"--map {part.strip()!r} names nothing; write THEIRS=OURS, as in Frage=prompt")
+        found |= {theirs: ours} if theirs else {}
+    return found
 
 
 # What is done
@@ -428,7 +441,8 @@ def _edited(found: dict[str, Any], check: Check | None, save: Path | None) -> li
             shell.styled(shell.short(row["after"]["says"]), style),
             shell.probability(row["after"]["p_target"]),
         )
-    return [table, *_facts(found, check, save)]
+    read = [] if found["list"] is None else [f"  [dim]{markup(found['list'])}[/]"]
+    return [table, *read, *_facts(found, check, save)]
 
 
 def _facts(found: dict[str, Any], check: Check | None, save: Path | None) -> list[str]:
@@ -498,9 +512,12 @@ def _shown(found: dict[str, Any]) -> list[RenderableType]:
         *((("checked", str(Check.from_dict(found["check"]))),) if found["check"] else ()),
         ("made with", ", ".join(f"{k} {v}" for k, v in versions.items()) or "nothing known"),
     )
-    edits = shell.table("what it corrects", "now says", "instead of")
-    for row in found["edits"]:
-        edits.add_row(markup(question(row)), f"[green]{markup(row['target'])}[/]", markup(row["truth"] or "–"))
+    kept = ["notes"] if any(found["notes"]) else []
+    edits = shell.table("", "what it corrects", "asked for", "instead of", *kept, right={""})
+    for number, (row, notes) in enumerate(zip(found["edits"], found["notes"], strict=True), 1):
+        noted = [markup(", ".join(f"{name}: {value}" for name, value in notes.items()))] if kept else []
+        target = f"[green]{markup(row['target'])}[/]"
+        edits.add_row(str(number), markup(question(row)), target, markup(row["truth"] or "–"), *noted)
     where = shell.table("where", "kind", "extent", "norm", "size", right={"norm", "size"})
     for c in found["changes"]:
         norm = "–" if c["norm"] is None else f"{c['norm']:.3g}"

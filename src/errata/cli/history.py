@@ -13,19 +13,19 @@ from ..edit import question
 from ..errors import UsageError
 from ..escape import markup
 from . import options, shell
+from .patches import carried, edit_named, history_in
 
 if TYPE_CHECKING:
-    from ..edit import Edit
-    from ..history import Conflict, History
+    from ..history import Conflict
     from ..patch import Patch
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of patches that `errata merge` made.")]
-Place = Annotated[Path, typer.Argument(help="A patch, or a folder of patches.")]
+Side = Annotated[Path, typer.Argument(help="A patch, or a folder of patches.")]
 
 
 def log(folder: Folder, as_json: options.Json = False) -> None:
     """List the corrections that a model carries, in order, and which of them get in each other's way."""
-    history = _opened(folder)
+    history = history_in(folder)
     entries = []
     for entry in history.entries:
         edits = [e.to_dict() for e in history.load(entry).edits]
@@ -34,11 +34,11 @@ def log(folder: Folder, as_json: options.Json = False) -> None:
     shell.give(found, lambda: _logged(found), as_json)
 
 
-def diff(a: Place, b: Place, as_json: options.Json = False) -> None:
+def diff(a: Side, b: Side, as_json: options.Json = False) -> None:
     """Say what two patches (or what two folders of them come to) have and have not in common."""
     from .. import history
 
-    found = {"a": str(a), "b": str(b), **history.diff(_carried(a), _carried(b))}
+    found = {"a": str(a), "b": str(b), **history.diff(carried(a), carried(b))}
     shell.give(found, lambda: _compared(found), as_json)
 
 
@@ -53,27 +53,26 @@ def merge(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write all that the model carries then as one patch.")
     ] = None,
+    force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Take patches into a folder, naming conflicts and refusing contradictions, or write what it comes to as one."""
-    from ..patch import Patch
-
+    """Take patches into a folder, all or none, naming conflicts and refusing contradictions; or write it as one."""
     if not patches and out is None:
         raise UsageError("there is nothing to do; give patches to take in, or --out FILE")
-    shell.check_writable(out)
-    history = _opened(folder, new=bool(patches))
-    loaded = [(path, Patch.load(path)) for path in patches or ()]
-    taken, conflicts = [], []
-    for path, patch in loaded:
-        conflicts += history.add(patch, path.stem, anyway)
-        taken.append(shell.wrote(folder / path.name))
+    shell.check_patch_file(out, force)
+    history = history_in(folder, new=bool(patches))
+    loaded = _by_name(patches or ())
+    before = {e.file for e in history.active}
+    history.add_all(loaded, anyway)
+    files = [f"{name}.safetensors" for name in loaded]
     whole = history.patch()
     if out:
         whole.save(out)
     found = {
         "folder": str(folder),
-        "taken": taken,
-        "conflicts": _plain(conflicts),
+        "taken": [shell.wrote(folder / file) for file in files if file not in before],
+        "there": [str(folder / file) for file in files if file in before],
+        "conflicts": _plain(history.conflicts()),
         "carries": len(whole.edits),
         "saved": shell.wrote(out) if out else None,
     }
@@ -83,8 +82,9 @@ def merge(
 def revert(
     folder: Folder,
     which: Annotated[str, typer.Argument(metavar="ENTRY", help="The file of a patch in it, as `errata log` has it.")],
-    subject: Annotated[
-        str | None, typer.Option("--edit", help="Only the correction about this subject; the patch's others stay.")
+    one: Annotated[
+        str | None,
+        typer.Option("--edit", help="Only this correction, by its number, subject or prompt; the patch's others stay."),
     ] = None,
     try_out: Annotated[bool, typer.Option("--dry-run", help="Measure what it would do, and change nothing.")] = False,
     model: Annotated[
@@ -100,8 +100,9 @@ def revert(
     """Take a correction back, and measure what that does to it and to the others."""
     from .. import history as histories
 
-    history = _opened(folder)
-    edit = _edit_of(history, which, subject)
+    history = history_in(folder)
+    edits = history.load(history.entry(which)).edits
+    edit = edit_named(edits, one, which) if one is not None else None
     before, after = history.patch(), history.without(which, edit)
     asked: list[dict[str, Any]] | None = None
     if model != "none":
@@ -112,37 +113,20 @@ def revert(
         history.revert(which, edit)
         shell.wrote(folder)
     found = {"folder": str(folder), "reverted": which, "edit": edit and edit.to_dict(), "dry_run": try_out}
-    found |= {"carries": len(after.edits), "effect": asked}
+    found |= {"carries": len(after.edits), "of": len(edits), "effect": asked}
     shell.give(found, lambda: _reverted(found), as_json)
 
 
-# What is meant
-
-
-def _opened(folder: Path, new: bool = False) -> History:
-    from ..history import History
-
-    history = History.open(folder)
-    if not new and not history.entries:
-        raise UsageError(f"{str(folder)!r} holds no history; `errata merge {folder} PATCH` begins one")
-    return history
-
-
-def _carried(place: Path) -> Patch:
+def _by_name(paths: Sequence[Path]) -> dict[str, Patch]:
+    """Patches by the names that their files get in a folder."""
     from ..patch import Patch
 
-    return _opened(place).patch() if place.is_dir() else Patch.load(place)
-
-
-def _edit_of(history: History, which: str, subject: str | None) -> Edit | None:
-    if subject is None:
-        return None
-    edits = history.load(history.entry(which)).edits
-    found = [e for e in edits if e.subject == subject]
-    if len(found) != 1:
-        known = ", ".join(dict.fromkeys(e.subject for e in edits))
-        raise UsageError(f"{which} has {len(found)} corrections about {subject!r}; its subjects: {known[:200]}")
-    return found[0]
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in found and found[path.stem] != path:
+            raise UsageError(f"{str(found[path.stem])!r} and {str(path)!r} would be one file; rename one")
+        found[path.stem] = path
+    return {name: Patch.load(path) for name, path in found.items()}
 
 
 def _plain(conflicts: Sequence[Conflict]) -> list[dict[str, Any]]:
@@ -167,11 +151,17 @@ def _logged(found: dict[str, Any]) -> list[RenderableType]:
     for entry in found["entries"]:
         style = "" if entry["state"] == "active" else "dim"
         state = {"active": "", "reverted": "reverted", "replaced": f"in {entry['by']}"}[entry["state"]]
-        cells = (entry["file"], entry["added"][:16], ", ".join(entry["methods"]), _short(entry["corrections"]), state)
+        cells = (
+            entry["file"],
+            f"{entry['added'][:16]} UTC",
+            ", ".join(entry["methods"]),
+            _short(entry["corrections"]),
+            state,
+        )
         table.add_row(*(shell.styled(cell, style) for cell in cells))
     carried = sum(e["edits"] for e in found["entries"] if e["state"] == "active")
     base = found["base"] or {}
-    line = f"{carried} corrections carried by {base.get('name')} ({base.get('fingerprint', '')[:8]})"
+    line = f"{_count(carried)} carried by {base.get('name')} ({base.get('fingerprint', '')[:8]})"
     return [table, markup(line), *_clashes(found["conflicts"])]
 
 
@@ -180,8 +170,24 @@ def _short(corrections: Sequence[dict[str, Any]], most: int = 3) -> str:
     return listed + (f" and {len(corrections) - most} more" if len(corrections) > most else "")
 
 
+WAYS_OUT = {
+    "target": "two answers to one question: take one back (errata revert), the later one mostly wins",
+    "twice": "asked for twice, so both are in the weights: take one back (errata revert)",
+    "keys": "kept at one place of a weight, so one may move the other: ask both (errata apply)",
+}
+"""What a kind of conflict means, and what to do about it."""
+
+
 def _clashes(conflicts: Sequence[dict[str, Any]]) -> list[str]:
-    return [f"[yellow]![/] {markup(c['said'])}" for c in conflicts] or [shell.tick(True, "no conflicts")]
+    if not conflicts:
+        return [shell.tick(True, "no conflicts: no question has two answers, and no two keys meet")]
+    kinds = dict.fromkeys(c["kind"] for c in conflicts)
+    listed = [f"[yellow]![/] {markup(c['said'])}" for c in conflicts]
+    return [*listed, *(f"  [dim]{WAYS_OUT[kind]}[/]" for kind in kinds)]
+
+
+def _count(corrections: int) -> str:
+    return f"{corrections} correction{'s' * (corrections != 1)}"
 
 
 def _compared(found: dict[str, Any]) -> list[RenderableType]:
@@ -198,19 +204,23 @@ def _compared(found: dict[str, Any]) -> list[RenderableType]:
     for w in found["weights"]:
         numbers = (w[k] for k in ("norm_a", "norm_b", "norm_apart", "cosine"))
         weights.add_row(markup(w["module"]), *("–" if x is None else f"{x:.3f}" for x in numbers))
-    return [edits, weights]
+    legend = "- only in the first, + only in the second, = in both, ≠ in both with other answers; apart: norm of a - b"
+    return [edits, weights, f"[dim]{legend}[/]"]
 
 
 def _merged(found: dict[str, Any]) -> list[RenderableType]:
     lines = [shell.tick(True, f"{file} was taken in") for file in found["taken"]]
+    lines += [shell.tick(True, f"{file} was there already, the same to the bit") for file in found["there"]]
     if found["saved"]:
         lines.append(shell.tick(True, f"all of it was written to {found['saved']}"))
-    return [*lines, f"  {found['carries']} corrections in all", *_clashes(found["conflicts"])]
+    return [*lines, f"  {_count(found['carries'])} in all", *_clashes(found["conflicts"])]
 
 
 def _reverted(found: dict[str, Any]) -> list[RenderableType]:
     done = "would be taken back" if found["dry_run"] else "was taken back"
-    line = shell.tick(True, f"{found['reverted']} {done}; {found['carries']} corrections stay")
+    what = found["reverted"] if found["edit"] is None else f"1 of the {_count(found['of'])} of {found['reverted']}"
+    stays = "stays" if found["carries"] == 1 else "stay"
+    line = shell.tick(True, f"{what} {done}; {_count(found['carries'])} {stays}")
     if found["effect"] is None:
         return [line]
     table = shell.table("asked", "", "before", "p", "after", "p", right={"p"})

@@ -48,6 +48,7 @@ def bench(
             "--out", "-o", help="A folder for journal and reports (the same command goes on there), or a .json file."
         ),
     ] = None,
+    force: options.Force = False,
     again: Annotated[
         str | None,
         typer.Option("--again", help="Methods to measure anew, separated by commas, whatever --out has of them."),
@@ -100,7 +101,9 @@ def bench(
     folder = None if out is None or out.suffix == ".json" else out
     _check(plan, anew, folder)
     if folder is None:
-        shell.check_writable(out)
+        shell.check_replaceable(out, "report", _is_report, force)
+    elif folder.is_file():
+        raise UsageError(f"{str(folder)!r} is a file; give a folder, or the name of a .json file")
     with shell.resumable(folder, "the same command without --again" if anew else "the same command"):
         results = _measured(plan, made_with, out, folder, anew)
     if recipe is None:
@@ -173,21 +176,26 @@ def _names(text: str | None) -> list[str]:
 
 def _check(plan: Plan, again: list[str], folder: Path | None) -> None:
     """Find out before anything is loaded whether the methods exist, have such settings, and can be run anew."""
-    from dataclasses import fields
-
     from ..errors import unknown
     from ..method import method
 
     for name, settings in plan.method.items():
-        known = {f.name for f in fields(method(name))}
-        for setting in settings:
-            if setting not in known:
-                raise unknown(f"setting of {name}", setting, known)
+        method(name).checked(settings)
     for name in again:
         if name not in plan.method:
             raise unknown("method in this run", name, plan.method)
     if again and folder is None:
         raise UsageError("--again measures a method of a folder anew; give the folder with --out")
+
+
+def _is_report(path: Path) -> bool:
+    from ..bench import Results
+    from ..errors import ErrataError
+
+    try:
+        return bool(Results.load(path).reports)
+    except ErrataError:
+        return False
 
 
 def _measured(
@@ -200,11 +208,13 @@ def _measured(
     from ..bench.grid import made_with as what_it_is
 
     most = None if plan.known else plan.n  # of known cases, `n` are looked for among all
-    cases = sets.load(plan.data, most, part=plan.part, strict=plan.bad == "fail")
+    read = sets.loaded(plan.data, most, part=plan.part, strict=plan.bad == "fail")
+    cases = read.cases
     lm = shell.load(plan.model, plan.dtype, plan.device)
     found = what_it_is(lm, cases)
     check_made_with(made_with, found, "the run")
     results = measure.run_grid(plan, lm, cases, folder, progress, again)
+    results = results.with_data(read=str(read))
     if folder is not None:
         results.write(folder)
         shell.wrote(folder)

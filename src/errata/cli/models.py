@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
-from rich.markup import escape
 
 from ..errors import unknown
+from ..escape import markup
 from . import options, shell
 
 
@@ -44,6 +44,6 @@ def _model(name: str) -> dict[str, Any]:
 def _listed(listed: Sequence[dict[str, Any]]) -> RenderableType:
     table = shell.table("model", "what it is", "licence", "where")
     for m in listed:
-        where = escape(m["folder"] or "") or f"[dim]not here: errata models {m['name']}, {m['megabytes']} MB[/]"
-        table.add_row(f"[bold]{m['name']}[/]", escape(m["about"]), escape(m["licence"]), where)
+        where = markup(m["folder"] or "") or f"[dim]not here: errata models {m['name']}, {m['megabytes']} MB[/]"
+        table.add_row(f"[bold]{m['name']}[/]", markup(m["about"]), markup(m["licence"]), where)
     return table

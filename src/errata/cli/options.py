@@ -24,3 +24,4 @@ Chat = Annotated[
     typer.Option("--chat", help="The prompt is a user's turn, by the model's chat template; what follows, the reply."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file that is there, whatever it is.")]

@@ -276,7 +276,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, ErrataError):
         return str(error)
     if (said := getattr(error, "format_message", None)) is not None:  # typer can't read the command line
-        return f"{said().rstrip('.')}; see {_help(error)}"
+        why = said().rstrip(".").replace("Value error, ", "")
+        quotes = " (a text with spaces goes in quotes)" if "extra argument" in why else ""
+        return f"{why}{quotes}; see {_help(error)}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the output'} can't be written or read: {error.strerror}"
     what = str(error).strip().splitlines()

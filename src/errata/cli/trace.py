@@ -83,6 +83,8 @@ def _facts(prompt: str | None, subject: str | None, answer: str | None, data: st
         from .. import data as sets
 
         return [case.edit for case in sets.load(data, n)]
+    if answer is not None and not answer.strip():
+        raise UsageError("--answer is empty; give what is to be said, or leave it out")
     if not prompt or not subject:
         raise UsageError('give a fact, "The mother tongue of {} is" --subject "Danielle Darrieux", or many with --data')
     return [Edit(prompt, subject, answer or "?")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -58,6 +59,8 @@ def train(
 
     A training that is stopped goes on from its last checkpoint, to the same numbers.
     """
+    if rate is not None and not 0 < rate < math.inf:
+        raise UsageError(f"--rate is {rate}; give a number above 0, such as 1e-4")
     kind = _kind(method)
     from ..track import Tracker
     from . import settings

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
-from rich.markup import escape
 
 from ..errors import UsageError
+from ..escape import markup
 from . import options, shell
 from .measure import progress
 
@@ -87,7 +87,7 @@ def _shown(result: dict[str, Any]) -> list[RenderableType]:
     for one in result["methods"]:
         scores = one["evidence"]["score on the held-out facts"]
         changed = ", ".join(f"{k} = {v}" for k, v in one["settings"].items()) or "the default is best"
-        table.add_row(one["method"], escape(changed), f"{scores['default']:.3f}", f"{scores['tuned']:.3f}")
+        table.add_row(one["method"], markup(changed), f"{scores['default']:.3f}", f"{scores['tuned']:.3f}")
     objective = result["methods"][0]["evidence"]["objective"]
     note = f"{result['facts']} facts, half of them held out; the scores are of those, {objective}."
     return [table, f"[dim]{note}[/]", "Presets for this model use these settings from now on."]

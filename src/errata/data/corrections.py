@@ -34,6 +34,8 @@ class Correction:
     """Its further columns, such as `source`, `author` or `id`."""
     case: Case | None = None
     """The questions that the row brings with it."""
+    format: str = OWN
+    """What the row was read as."""
 
 
 def corrections(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Correction]:
@@ -55,12 +57,12 @@ def corrections(path: str | Path, columns: Mapping[str, str] | None = None) -> l
     for number, fields in table.rows(path, table.PART):
         row = Row(fields, path.name, number)
         try:
-            name, some = _read(row, columns or {})
+            some = _read(row, columns or {})
         except ErrataError as error:
             bad.append(f"row {number}: {error}")
             continue
         found += some
-        formats[name] = None
+        formats |= dict.fromkeys(one.format for one in some)
     if bad:
         rows = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
         raise UsageError(
@@ -72,8 +74,8 @@ def corrections(path: str | Path, columns: Mapping[str, str] | None = None) -> l
     return found
 
 
-def _read(row: Row, columns: Mapping[str, str]) -> tuple[str, list[Correction]]:
-    """The format of a row, and what it corrects."""
+def _read(row: Row, columns: Mapping[str, str]) -> list[Correction]:
+    """What a row corrects."""
     if columns and isinstance(row.fields, dict):
         row = _with_columns(row, columns)
     name = format_of(row)
@@ -81,12 +83,12 @@ def _read(row: Row, columns: Mapping[str, str]) -> tuple[str, list[Correction]]:
         row = own.renamed(row)
         case = own.own(row)
         ids = {key: row.fields[key] for key in ("case_id", "id") if row.fields.get(key) not in (None, "")}
-        return name, [Correction(case.edit, row.number, {**ids, **row.rest}, case)]
+        return [Correction(case.edit, row.number, {**ids, **row.rest}, case)]
     marks, to_case = FORMATS[name]
     if NO_SUBJECT in marks or not (own.names_subject(row) or marks[0].startswith("requested_rewrite")):
         raise BadRow(f"nothing says what it is about; give a subject beside {' and '.join(sorted(row.fields))}")
     case = to_case(row)
-    return name, [Correction(edit, row.number, {}, case) for edit in case.edits]
+    return [Correction(edit, row.number, {}, case, name) for edit in case.edits]
 
 
 def _with_columns(row: Row, columns: Mapping[str, str]) -> Row:

@@ -1,10 +1,10 @@
 """A user's own data, in any of the forms that `table` reads.
 
-`prompt`, `subject`, `target` are wanted; `truth`, `relation`, `case_id` may be there. They may have other names, as in
-`question`, `entity`, `answer`, `old` (`SYNONYMS`). Questions: `paraphrases` (texts); `neighbours` and `portability`
-(each `prompt` and `answer`, and perhaps `aliases` and `aspect`); `openings` and `references` (texts). In a table, where
-a field is one text: `paraphrase`, `neighbour` with `neighbour_answer`, `follows` with `follows_answer`; several of a
-kind are numbered, `paraphrase_1`, `paraphrase_2`.
+`prompt`, `subject`, `target` are wanted; `truth`, `chat`, `gap`, `relation`, `case_id` may be there. They may have
+other names, as in `question`, `entity`, `answer`, `old` (`SYNONYMS`). Questions: `paraphrases` (texts); `neighbours`
+and `portability` (each `prompt` and `answer`, and perhaps `aliases` and `aspect`); `openings` and `references` (texts).
+In a table, where a field is one text: `paraphrase`, `neighbour` with `neighbour_answer`, `follows` with
+`follows_answer`; several of a kind are numbered, `paraphrase_1`, `paraphrase_2`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from ..documents import said
 from .case import Case, Kind, Probe
 from .row import BadRow, Row
 from .table import column
@@ -43,7 +44,7 @@ def names_subject(row: Row) -> bool:
 def own(row: Row) -> Case:
     """A row in errata's own words, or in synonyms of them."""
     row = renamed(row)
-    edit = row.edit(*WANTED, row.maybe("truth"))
+    edit = replace(row.edit(*WANTED, row.maybe("truth")), chat=_is_chat(row), gap=row.get("gap"))
     same = [*row.texts("paraphrases"), *(row.text(name) for name in _numbered(row, "paraphrase"))]
     probes = [Probe("paraphrase", p, edit.target, edit.truth) for p in same]
     probes += _listed(row, "neighbours", "neighbourhood", edit.target)
@@ -57,6 +58,18 @@ def own(row: Row) -> Case:
             probes.append(Probe(kind, row.text(field), row.text(field.replace(name, f"{name}_answer", 1)), other))
     openings, references = (tuple(row.texts(name)) for name in ("openings", "references"))
     return Case(row.id, edit, tuple(probes), row.maybe("relation"), openings=openings, references=references)
+
+
+def _is_chat(row: Row) -> bool:
+    """Whether a row says that it is asked in a chat."""
+    found = row.get("chat")
+    words = {None: False, "": False, "false": False, "no": False, "true": True, "yes": True}
+    known = found.strip().casefold() if isinstance(found, str) else found
+    if isinstance(known, bool):
+        return known
+    if not isinstance(known, str | None) or known not in words:
+        raise BadRow(f"field 'chat': expected true or false, found {said(found)}")
+    return words[known]
 
 
 def renamed(row: Row) -> Row:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ask import reply, took
+from ..edit import Edit
 from ..errors import UsageError
 from ..escape import code, markdown, markdown_table
 from ..lm import LM
@@ -200,9 +201,10 @@ def _count(edits: int) -> str:
     return "One correction" if edits == 1 else f"{edits} corrections"
 
 
-def _written(edit: Mapping[str, str]) -> str:
-    asked = markdown(edit["prompt"]).replace("{}", f"*{markdown(edit['subject'])}*")
-    return f"{asked} **{markdown(edit['target'])}**"
+def _written(fields: Mapping[str, Any]) -> str:
+    edit = Edit.read(fields)
+    before, after = map(markdown, edit.around)
+    return f"{before}*{markdown(edit.subject)}*{after} **{markdown(edit.target)}**"
 
 
 def _digits(p: float | None) -> str:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..ask import reply
 from ..changes import Dense, LowRank
+from ..edit import asks
 from ..patch import Patch
-from .conflicts import question, same
+from .conflicts import same
 
 if TYPE_CHECKING:
     from ..lm import LM
@@ -23,7 +24,7 @@ def diff(a: Patch, b: Patch) -> dict[str, Any]:
         `only_a`, `only_b`, `both` (edits), `otherwise` (pairs of the same question with two answers), and `weights`:
         for each module the norms of both changes, that of their difference, and their cosine (None for memories).
     """
-    of_a, of_b = ({question(e): e for e in p.edits} for p in (a, b))
+    of_a, of_b = ({asks(e): e for e in p.edits} for p in (a, b))
     shared = [q for q in of_a if q in of_b]
     return {
         "only_a": [e.to_dict() for q, e in of_a.items() if q not in of_b],

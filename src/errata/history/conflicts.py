@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..changes import Codebook, LowRank
-from ..edit import Edit
+from ..edit import Edit, asks
 from ..patch import Patch
+from ..text import words
 
 OVERLAP = 0.65
 """Cosine from which two keys are taken for one. ROME on almanac: all of 20 pairs of one subject in two prompts are over
@@ -54,40 +54,24 @@ def conflicts(patches: Mapping[str, Patch]) -> list[Conflict]:
     out: list[Conflict] = []
     seen: dict[str, list[int]] = {}
     for number, (file, _, edit) in enumerate(owned):
-        asked = question(edit)
+        asked = asks(edit)
         for earlier in seen.get(asked, ()):
             other_file, _, other = owned[earlier]
             kind = "twice" if same(other.target, edit.target) else "target"
             if kind == "target" or other_file != file:
                 out.append(Conflict(kind, other, edit, (other_file, file)))
         seen.setdefault(asked, []).append(number)
-    known = {(question(c.first), question(c.second)) for c in out}
+    known = {(asks(c.first), asks(c.second)) for c in out}
     for a, b, cosine in _overlapping(patches, owned):
         (file_a, _, first), (file_b, _, second) = owned[a], owned[b]
-        if (question(first), question(second)) not in known:
+        if (asks(first), asks(second)) not in known:
             out.append(Conflict("keys", first, second, (file_a, file_b), cosine))
     return out
 
 
-def question(edit: Edit) -> str:
-    """What is asked, the same for two ways of writing it."""
-    return _plain(edit.text)
-
-
 def same(a: str, b: str) -> bool:
     """Whether two answers are one, whichever way they are written."""
-    return _plain(a) == _plain(b)
-
-
-_BETWEEN = {"Zs", "Zl", "Zp", "Cc", "Pc", "Pd", "Ps", "Pe", "Pi", "Pf"}
-"""Categories of what stands between words: spaces, hyphens, brackets, quotes."""
-
-
-def _plain(text: str) -> str:
-    """Words without case, Unicode form, and what stands between them. (Signs stay: C is not C++, nor C#.)"""
-    folded = unicodedata.normalize("NFKC", text.casefold())
-    words = "".join(" " if c in ".,:;!?'\"" or unicodedata.category(c) in _BETWEEN else c for c in folded)
-    return " ".join(words.split())
+    return words(a) == words(b)
 
 
 def _overlapping(
