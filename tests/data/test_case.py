@@ -31,7 +31,7 @@ def test_spaces_around_an_answer_carry_no_meaning():
 
 @pytest.mark.parametrize(("prompt", "answer"), [("", "French"), ("  ", "French"), ("He speaks", " ")])
 def test_an_empty_question_or_answer_is_refused(prompt: str, answer: str):
-    with pytest.raises(UsageError, match="of a paraphrase probe is empty"):
+    with pytest.raises(UsageError, match=r"of a probe \(paraphrase\) is empty; give the words it stands for"):
         Probe("paraphrase", prompt, answer)
 
 

@@ -165,6 +165,9 @@ def test_knowedits_other_tasks(tmp_path: Path):
     assert asked(loaded[0]) == [("neighbourhood", "", "Who is B?", "B")]
 
 
+QAEDIT = {"rephrase": "which", "locality": []}
+
+
 def test_qaedit(tmp_path: Path):
     row = {
         "id": 9,
@@ -180,6 +183,14 @@ def test_qaedit(tmp_path: Path):
         ("paraphrase", "", "which team took the cup", "Rosenborg"),
         ("neighbourhood", "", "who sang it", "Keith"),
     ]
+
+
+def test_a_question_of_qaedit_that_lacks_a_space_keeps_its_subject_and_its_text(tmp_path: Path):
+    question = "In which Thomas Hardynovel does John Loveday appear?"
+    (case,) = one(tmp_path, {"prompt": question, "subject": "Thomas Hardy", "target": "Emma", **QAEDIT})
+    assert (case.edit.text, case.edit.subject) == (question, "Thomas Hardy")
+    with pytest.raises(ErrataError, match="only as a part of a word"):  # by accident, as far as one can tell
+        one(tmp_path, {"prompt": "who is an artist", "subject": "art", "target": "Klee", **QAEDIT})
 
 
 # A user's own

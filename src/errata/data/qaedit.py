@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from .. import text as texts
 from .case import Case, Probe
 from .row import Row
 
 
 def qaedit(row: Row) -> Case:
     """A question, its answer, another wording, and unrelated questions that should keep their answers."""
-    edit = row.made(row.text("prompt"), row.text("subject"), row.text("target"), None, "prompt")
+    prompt, subject = row.text("prompt"), row.text("subject")
+    if " " in subject and prompt.count(subject) == 1 and texts.find(prompt, subject) is None:
+        prompt = prompt.replace(subject, "{}")  # a question that lacks a space: "Which Thomas Hardynovel ..."
+    edit = row.made(prompt, subject, row.text("target"), None, "prompt")
     probes = []
     if rephrase := row.maybe("rephrase"):
         probes.append(Probe("paraphrase", rephrase, edit.target))
