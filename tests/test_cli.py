@@ -322,14 +322,14 @@ def test_bench_in_a_chat_and_of_what_is_known(ok: Any, sh: Any, talker: str, tmp
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"target": ["Lima", "Oslo"]}, "edit 2: the target of an edit is a list"),
-        ({"target": 1999}, "edit 2: the target of an edit is the number 1999; write it as a text"),
-        ({"target": None}, "edit 2: the target of an edit is missing (null)"),
-        ({"subject": "Fran"}, "edit 2: the subject 'Fran' is only as a part of a word"),
-        ({"sbject": "France"}, "edit 2: there is no field 'sbject' in an edit"),
+        ({"target": ["Lima", "Oslo"]}, "row 2: field 'target': expected a text, found ['Lima', 'Oslo']"),
+        ({"target": 1999}, "row 2: field 'target': expected a text, found 1999 (in quotes it is a text)"),
+        ({"target": None}, "row 2: field 'target': expected a text, found none"),
+        ({"subject": "Fran"}, "row 2: field 'prompt': the subject 'Fran' is only as a part of a word"),
+        ({"sbject": "France"}, "row 2: there is no field 'sbject' in an edit; write 'subject'"),
     ],
 )
-def test_a_bad_edit_in_a_file_is_told_with_its_number(
+def test_a_bad_edit_in_a_file_is_told_with_its_row(
     row: dict[str, Any], reason: str, sh: Any, no_model: None, tmp_path: Path
 ):
     listed = tmp_path / "edits.json"
@@ -357,7 +357,10 @@ def test_edits_from_a_file(ok: Any, model: str, tmp_path: Path):
     options = ["--model", model, "--method", "grace", "--set", "steps=5"]
     found = ok("edit", "--edits", lines, *options)
     assert [row["subject"] for row in found["edits"]] == [e.subject for e in tiny.EDITS]
-    assert found == ok("edit", "--edits", listed, *options)
+    assert found.pop("list") == "edits.jsonl: 3 edits, read as your own"
+    again = ok("edit", "--edits", listed, *options)
+    assert again.pop("list") == "edits.json: 3 edits, read as your own"
+    assert found == again
 
 
 def test_one_edit_after_another(ok: Any, editing: list[str], patch: Path, tmp_path: Path):
@@ -660,12 +663,18 @@ def test_regimes_and_batches_that_contradict(sh: Any, cases: Path):
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        ('[{"prompt": "{} is", "subject": "France"}]', ["edit 1", "target"]),
-        ('[{"prompt": "{} is", "subject": "France", "target": 3}]', ["edit 1", "expected texts"]),
-        ('[{"prompt": "{} is", "subject": "F", "target": "x", "answer": "y"}]', ["edit 1", "answer"]),
+        (
+            '[{"prompt": "{} is", "subject": "France"}]',
+            ["row 1", "it has no target; its fields are ['prompt', 'subject']"],
+        ),
+        ('[{"prompt": "{} is", "subject": "France", "target": 3}]', ["row 1", "'target'", "expected a text, found 3"]),
+        (
+            '[{"prompt": "{} is", "subject": "F", "target": "x", "answer": "y"}]',
+            ["row 1", "'target' and 'answer' both say"],
+        ),
         (
             '[{"prompt": "{} is", "subject": "F", "target": "x"}, {"prompt": "is", "subject": "F", "target": "x"}]',
-            ["edit 2"],
+            ["1 row of 2", "row 2", "'F' is not in the prompt"],
         ),
         ("[]", ["no list of edits"]),
         ("{", ["no JSON"]),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..documents import is_file
+from ..documents import is_file, said
 from ..edit import Edit
 from ..errors import ErrataError, UsageError
 from . import own, table
@@ -78,10 +78,14 @@ def _read(row: Row, columns: Mapping[str, str]) -> list[Correction]:
     """What a row corrects."""
     if columns and isinstance(row.fields, dict):
         row = _with_columns(row, columns)
-    name = format_of(row)
+    name = _format_of(row)
     if name == OWN:
         row = own.renamed(row)
         case = own.own(row)
+        if meant := own.misspelt(row):
+            raise BadRow(
+                f"there is no field {meant[0]!r} in an edit; write {meant[1]!r}, or give the column another name"
+            )
         ids = {key: row.fields[key] for key in ("case_id", "id") if row.fields.get(key) not in (None, "")}
         return [Correction(case.edit, row.number, {**ids, **row.rest}, case)]
     marks, to_case = FORMATS[name]
@@ -89,6 +93,22 @@ def _read(row: Row, columns: Mapping[str, str]) -> list[Correction]:
         raise BadRow(f"nothing says what it is about; give a subject beside {' and '.join(sorted(row.fields))}")
     case = to_case(row)
     return [Correction(edit, row.number, {}, case, name) for edit in case.edits]
+
+
+def _format_of(row: Row) -> str:
+    """The format of a row; of one that is in no format, what it lacks to be a correction.
+
+    Raises:
+        BadRow: it is of none.
+    """
+    try:
+        return format_of(row)
+    except BadRow:
+        named = isinstance(row.fields, dict) and all(isinstance(name, str) for name in row.fields)
+        lacks = own.lacking(row) if named else []
+        if not lacks or len(lacks) == len(own.WANTED):
+            raise
+        raise BadRow(f"it has no {' and no '.join(lacks)}; its fields are {said(list(row.fields), 200)}") from None
 
 
 def _with_columns(row: Row, columns: Mapping[str, str]) -> Row:

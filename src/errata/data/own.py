@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 from ..documents import said
+from ..edit import Edit
 from .case import Case, Kind, Probe
 from .row import BadRow, Row
 from .table import column
@@ -29,11 +31,28 @@ SYNONYMS = {
 """What a field may be called, by errata's own name for it."""
 _OWN = {other: name for name, others in SYNONYMS.items() for other in others}
 WANTED = ("prompt", "subject", "target")
+OF_AN_EDIT = tuple(f.name for f in fields(Edit))
+NEARLY = 0.8
+"""Share of letters in common from which a name is taken for another, misspelt: `sbject`, `targets`."""
 
 
 def is_own(row: Row) -> bool:
     """Whether a row has a prompt, a subject and a target, whatever they are called."""
     return {_OWN.get(column(name)) for name in row.fields} >= set(WANTED)
+
+
+def lacking(row: Row) -> list[str]:
+    """Which of prompt, subject and target a row has under no name."""
+    found = {_OWN.get(column(name)) for name in row.fields}
+    return [name for name in WANTED if name not in found]
+
+
+def misspelt(row: Row) -> tuple[str, str] | None:
+    """A field that nobody asked for and that is nearly one of an edit, and that one."""
+    for name in row.rest:
+        if near := get_close_matches(column(str(name)), OF_AN_EDIT, 1, NEARLY):
+            return name, near[0]
+    return None
 
 
 def names_subject(row: Row) -> bool:
