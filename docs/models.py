@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -210,7 +211,9 @@ def _corpus() -> Path:
 
 
 def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    """What an error says; what it names as a set is in the order of letters."""
+    said = " ".join(str(error).split())[:300]
+    return re.sub(r"\{([^{}]*)\}", lambda found: "{" + ", ".join(sorted(found[1].split(", "))) + "}", said)
 
 
 # The table
