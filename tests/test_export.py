@@ -12,13 +12,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import errata
 from errata import LM, Edit, ErrataError, Patch, UsageError, export
@@ -176,6 +178,154 @@ def test_a_memory_is_refused_with_the_reason_and_nothing_is_written(tmp_path: Pa
         with pytest.raises(ErrataError, match="codebook change .* looks at each input"):
             how(patch, lm, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+# Read back
+
+
+def local(architecture: str, folder: Path) -> LM:
+    """A model as people have it, in a folder."""
+    made = tiny.lm(architecture)
+    made.model.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    return errata.load(folder)
+
+
+def without_change(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what is written lack the change, as where a reader looks for it under another name."""
+    if how is export.to_peft:
+        write = export.peft.to_bytes
+        monkeypatch.setattr(
+            export.peft, "to_bytes", lambda ts, **more: write({k: 0 * t for k, t in ts.items()}, **more)
+        )
+        return
+    kept = PreTrainedModel.save_pretrained
+
+    def unpatched(model: Any, place: Path, **more: Any) -> None:
+        kept(model, place, **more)
+        for file in place.glob("*.safetensors"):
+            save_file(
+                {k: torch.zeros_like(t) if "down_proj" in k else t for k, t in load_file(file).items()},
+                file,
+                {"format": "pt"},
+            )
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", unpatched)
+
+
+@pytest.mark.parametrize("how", [export.to_peft, export.merge])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
+def test_every_export_is_read_back_and_says_by_whom(how: Any, architecture: str, tmp_path: Path):
+    lm = tiny.lm(architecture)
+    made = how(patch_of(lm, {0: 2, 2: 1}), lm, tmp_path / "out")
+    assert made.read_back.by.split()[0] == ("peft" if how is export.to_peft else "transformers")
+    assert made.read_back.telling
+    assert made.read_back.off < 0.01 * made.read_back.moved
+    assert f"read back by {made.read_back.by}" in (tmp_path / "out" / "README.md").read_text()
+    left = how(patch_of(lm, {0: 2}), lm, tmp_path / "unread", check=False)
+    assert left.read_back.by is None
+    assert "not read back: the check was left out" in (tmp_path / "unread" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("how", [export.to_peft, export.merge])
+def test_an_export_that_lost_the_change_is_refused_and_nothing_is_left(
+    how: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lm = tiny.lm("llama")
+    before = tiny.state(lm.model)
+    without_change(how, monkeypatch)
+    with pytest.raises(ErrataError, match=r"read.* back.*(is not the change|is not the patch)"):
+        how(patch_of(lm, {1: 2}), lm, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert tiny.differences(before, tiny.state(lm.model)) == []
+
+
+def test_an_adapter_that_peft_puts_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where a mixture's shared expert has the name that PEFT keeps for the fused ones."""
+    lm = tiny.lm("llama")
+    read = export.peft.peft_reads
+
+    def elsewhere(lm: LM, patch: Patch, folder: Path) -> Any:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": [lm.site(2).name]}))
+        return read(lm, patch, folder)
+
+    monkeypatch.setattr(export.peft, "peft_reads", elsewhere)
+    with pytest.raises(ErrataError, match="peft .* can't read the export back .*checkpoint"):
+        export.to_peft(patch_of(lm, {1: 2}), lm, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [export.to_peft, export.merge])
+def test_half_precision_is_read_back_within_its_rounding(how: Any, tmp_path: Path):
+    lm = tiny.lm("llama")
+    lm.model.to(torch.bfloat16)
+    assert how(patch_of(lm, {1: 2}), lm, tmp_path / "out").read_back.telling
+
+
+@pytest.mark.parametrize("how", [export.to_peft, export.merge])
+@pytest.mark.parametrize("added", ["wrapped", "beside"])
+def test_a_model_with_an_adapter_of_its_own_is_refused(how: Any, added: str, tmp_path: Path):
+    import peft
+
+    lm, config = tiny.lm("llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    patch = patch_of(lm, {1: 1})
+    if added == "wrapped":
+        lm = LM(peft.get_peft_model(lm.model, config), lm.tokenizer)
+    else:
+        lm.model.add_adapter(config)
+    with pytest.raises(ErrataError, match=r"adapter of its own.*merge_and_unload"):
+        how(patch, lm, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [export.to_peft, export.merge])
+def test_no_local_path_is_published_and_the_base_is_named_as_others_know_it(how: Any, tmp_path: Path):
+    lm = local("llama", tmp_path / "private" / "my-model")
+    patch = replace(
+        patch_of(lm, {1: 1}),
+        about={
+            "base": {"fingerprint": lm.fingerprint, "name": lm.name},
+            "steps": [{"method": "rome", "settings": {"corpus": str(tmp_path / "private" / "text.txt")}, "edits": 1}],
+            "versions": {},
+        },
+    )
+    assert how(patch, lm, tmp_path / "a").base is None
+    assert how(patch, lm, tmp_path / "b", base="someone/model").base == "someone/model"
+    for folder in ("a", "b"):
+        for file in (tmp_path / folder).rglob("*"):
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+    assert 'base_model: "someone/model"' in (tmp_path / "b" / "README.md").read_text()
+    if how is export.to_peft:
+        config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "someone/model"
+    with pytest.raises(UsageError, match="give the model's name on the hub"):
+        how(patch, lm, tmp_path / "c", base=str(tmp_path / "private" / "my-model"))
+
+
+def test_the_card_takes_what_bench_writes_and_refuses_what_is_of_another_model(tmp_path: Path):
+    from errata.bench import Plan, Results, run_grid
+
+    lm = tiny.lm("llama")
+    patch = patch_of(lm, {1: 1})
+    results = run_grid(Plan(method={"ft-m": {"steps": 1}}, n=2), lm, tiny.cases()[:2])
+    results.save(tmp_path / "report.json")
+    export.to_peft(patch, lm, tmp_path / "a", report=Results.load(tmp_path / "report.json"))
+    assert "Benchmark: ft-m, single" in (tmp_path / "a" / "README.md").read_text()
+    other = tiny.lm("llama", seed=1)
+    with pytest.raises(UsageError, match="the report is of .*, and the model is"):
+        export.to_peft(patch_of(other, {1: 1}), other, tmp_path / "b", report=Results.load(tmp_path / "report.json"))
+    by_rome = replace(
+        patch,
+        about={
+            "base": {"fingerprint": lm.fingerprint, "name": "x"},
+            "versions": {},
+            "steps": [{"method": "rome", "settings": {}, "edits": 1}],
+        },
+    )
+    with pytest.raises(UsageError, match="the report is of ft-m, and the patch was made by rome"):
+        export.to_peft(by_rome, lm, tmp_path / "b", report=results)
+    assert not (tmp_path / "b").exists()
 
 
 # Folders

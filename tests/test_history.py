@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +92,101 @@ def test_the_same_correction_in_two_patches_is_refused(folder: Path):
     history.add(patch_of(FRANCE), "a")
     with pytest.raises(UsageError, match="is corrected twice"):
         history.add(patch_of(FRANCE, key=3), "b")
+
+
+@pytest.mark.parametrize("asked", ["The capital of {} is:", "the capital of\u00a0{} is", "The capital-of ‘{}’ is"])
+def test_a_question_is_the_same_however_it_is_written(asked: str, folder: Path):
+    history = History(folder)
+    history.add(patch_of(FRANCE), "a")
+    with pytest.raises(UsageError, match="is to be both"):
+        history.add(patch_of(Edit(asked, "FRANCE", "Oslo"), key=3), "b")
+    with pytest.raises(UsageError, match="is corrected twice"):
+        history.add(patch_of(Edit(asked, "France", "“lima”"), key=3), "b")
+    assert history.add(patch_of(Edit("The capital of {}# is", "France", "Oslo"), key=3), "b") == []  # as C is not C#
+
+
+def test_of_several_patches_all_are_taken_in_or_none(folder: Path):
+    history = History(folder)
+    history.add(patch_of(FRANCE), "a")
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    peru, other = Edit(tiny.PROMPT, "Peru", "Oslo"), Edit(tiny.PROMPT, "Kenya", "Oslo")
+    for last in (
+        patch_of(other, key=7),
+        patch_of(FRANCE, key=7),
+        Patch(),
+    ):  # against a new one, an old one; nothing in it
+        coming = {"b": patch_of(KENYA, key=3), "c": patch_of(peru, key=5), "d": last}
+        with pytest.raises(UsageError):
+            history.add_all(coming)
+        assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+        assert [e.file for e in history.entries] == ["a.safetensors"]
+    assert history.add_all({"b": patch_of(KENYA, key=3), "c": patch_of(peru, key=5)}) == []
+    assert [e.file for e in History.open(folder).active] == ["a.safetensors", "b.safetensors", "c.safetensors"]
+
+
+def test_the_same_patch_again_is_left_as_it_is(folder: Path):
+    history = History(folder)
+    history.add(patch_of(FRANCE), "a")
+    before = history.entries
+    assert history.add(patch_of(FRANCE), "a") == []
+    assert History.open(folder).entries == before
+    with pytest.raises(UsageError, match="is there already; give another name"):
+        history.add(patch_of(KENYA, key=3), "a")
+
+
+KILLED = """
+import os, sys
+from errata.history import History
+from tests.test_history import KENYA, patch_of
+History._save = lambda self: os.kill(os.getpid(), 9)
+History.open(sys.argv[1]).add(patch_of(KENYA, key=3), "b")
+"""
+"""What is killed between the patch and the manifest."""
+
+
+@pytest.mark.parametrize("carried", [[], ["a.safetensors"]])
+def test_a_merge_that_was_killed_is_done_by_the_same_command(carried: list[str], folder: Path):
+    if carried:
+        History(folder).add(patch_of(FRANCE), "a")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], cwd=Path(__file__).parent.parent, timeout=100)
+    assert done.returncode == -9
+    assert (folder / "b.safetensors").exists()
+    assert [e.file for e in History.open(folder).active] == carried
+    with pytest.raises(UsageError, match="is there already, and no entry names it"):
+        History.open(folder).add(patch_of(Edit(tiny.PROMPT, "Peru", "Oslo"), key=5), "b")
+    History.open(folder).add(patch_of(KENYA, key=3), "b")
+    assert [e.file for e in History.open(folder).active] == [*carried, "b.safetensors"]
+    assert {f.name for f in folder.iterdir()} - {LOCK} == {MANIFEST, *carried, "b.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"format": "1"}, "is damaged"),
+        ({"format": 2}, "written by a newer errata"),
+        ({"base": "x"}, "is damaged"),
+        ({"base": {"name": 5, "fingerprint": "f"}}, "its base is"),
+        ({"entries": 5}, "is damaged"),
+        ({"entries": [{}]}, "is damaged"),
+        ("file", "an entry's file is '../a.safetensors'"),
+        ("state", "state or methods of an entry is of another type"),
+        ("edits", "edits of an entry is of another type"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_damaged_and_leads_nowhere(change: Any, why: str, folder: Path):
+    History(folder).add(patch_of(FRANCE), "a")
+    found = json.loads((folder / MANIFEST).read_text())
+    wrong = {"file": "../a.safetensors", "state": "gone", "edits": "1"}
+    if isinstance(change, str):
+        found["entries"][0][change] = wrong[change]
+    else:
+        found |= change
+    (folder / MANIFEST).write_text(json.dumps(found))
+    with pytest.raises(ErrataError, match=why):
+        History.open(folder)
+    (folder / MANIFEST).write_text('{"format": 1, "format": 1, "base": null, "entries": []}')
+    with pytest.raises(ErrataError, match="is damaged"):
+        History.open(folder)
 
 
 def test_keys_that_overlap_are_named_and_taken_in(folder: Path):

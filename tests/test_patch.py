@@ -372,6 +372,63 @@ def test_one_damaged_byte_anywhere_is_noticed(whole: bytes, tmp_path_factory: py
         Patch.load(path)
 
 
+UNSOUND = {
+    "left and right of two ranks": {"left": torch.randn(64, 2)},
+    "half precision": {"left": torch.randn(64, 1).half()},
+    "whole numbers": {"right": torch.ones(1, 256, dtype=torch.long)},
+    "no number": {"left": torch.full((64, 1), float("nan"))},
+    "an infinite one": {"right": torch.full((1, 256), float("inf"))},
+    "one dimension too few": {"right": torch.randn(256)},
+    "one part too few": {"right": None},
+    "an edit that is not there": {"owners": torch.tensor([7])},
+    "an edit before the first": {"owners": torch.tensor([-1])},
+    "a part of another kind": {"delta": torch.randn(64, 256)},
+}
+
+
+@pytest.mark.parametrize("wrong", UNSOUND)
+def test_parts_that_do_not_fit_each_other_are_damage_although_the_file_is_signed(wrong: str, lm: LM, tmp_path: Path):
+    name = lm.mlp_out(1).name
+    parts = {**change(lm, name, LowRank, 0).tensors(), **UNSOUND[wrong]}
+    tensors = {f"change/0/{k}": t for k, t in parts.items() if t is not None}
+    header = {"format": 1, "layout": [[name, LowRank.kind]], "edits": [A.to_dict()], "about": about(lm)}
+    store.write(tmp_path / "p.safetensors", store.sealed("errata", tensors, header))
+    with pytest.raises(ErrataError, match="is damaged: .*; get a whole copy"):
+        Patch.load(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"about": {"steps": []}}, "the model that it is for is none"),
+        ({"about": {"base": {"name": "x", "fingerprint": 5}, "steps": [], "versions": {}}}, "the model that it is for"),
+        (
+            {"about": {"base": {"name": "x", "fingerprint": "f"}, "steps": [5], "versions": {}}},
+            "the steps that made it",
+        ),
+        (
+            {"about": {"base": {"name": "x", "fingerprint": "f"}, "steps": [], "versions": {}, "notes": []}},
+            "the notes on",
+        ),
+        ({"about": "x"}, "what it says of itself is 'x'"),
+        ({"edits": "x"}, "damaged"),
+        ({"edits": [{"prompt": "{} is", "subject": 5, "target": "x"}]}, "damaged|subject"),
+        ({"layout": [["m", "spell"]]}, "an unknown kind 'spell' at 'm'"),
+        ({"layout": [[5, "low-rank"]]}, "an unknown kind"),
+        ({"layout": []}, "tensors that belong to no change"),
+        ({"format": True}, "its format is True"),
+        ({"format": 99}, "written by a newer errata"),
+    ],
+)
+def test_a_signed_header_that_says_something_else_is_refused(wrong: dict[str, Any], why: str, lm: LM, tmp_path: Path):
+    name = lm.mlp_out(1).name
+    tensors = {f"change/0/{k}": t for k, t in change(lm, name, LowRank, 0).tensors().items()}
+    header = {"format": 1, "layout": [[name, LowRank.kind]], "edits": [A.to_dict()], "about": about(lm), **wrong}
+    store.write(tmp_path / "p.safetensors", store.sealed("errata", tensors, header))
+    with pytest.raises((ErrataError, UsageError), match=why):
+        Patch.load(tmp_path / "p.safetensors")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_a_truncated_file_is_refused(whole: bytes, tmp_path: Path, share: float):
     path = tmp_path / "half.safetensors"

@@ -12,9 +12,9 @@ from typing import Any
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, separators of lines, changes of the reading direction, and halves of a character."""
-_MARKUP = re.compile(r"[\\`*_\[\]$~]|^[-+=#](?!\w)")
+_MARKUP = re.compile(r"[\\`*_\[\]$~]|(?:^|(?<=^ ))[-+=#](?!\w)")
 """What Markdown obeys within a line, and at its beginning."""
-_NUMBERED = re.compile(r"^(\d{1,9})([.)])(?!\S)")
+_NUMBERED = re.compile(r"^( ?\d{1,9})([.)])(?!\S)")
 """What begins a list: a number, but no decimal one."""
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 """What a backslash does not hold back everywhere."""

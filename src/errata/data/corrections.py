@@ -1,7 +1,7 @@
 """A list of corrections, as people keep them: a row is what is asked, about whom, and the right answer.
 
 The file may be whatever `table` reads, and a row in errata's own words, in synonyms of them, or of a published data
-set that names its subjects. Every bad row is told at once, and nothing of a list with one is taken.
+set that names its subjects. Bad rows are told at once, and nothing of a list with one is taken.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from .read import FORMATS, NO_SUBJECT, OWN, format_of
 from .row import BadRow, Row
 
 log = logging.getLogger(__name__)
+
+TOLD = 20
+"""Bad rows that are told, of however many there are."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def corrections(path: str | Path, columns: Mapping[str, str] | None = None) -> l
         columns: errata's name for a field, by what the file calls it: `{"Frage": "prompt"}`.
 
     Raises:
-        UsageError: there is no such file, it has no rows, or some can't be read; all of these are named.
+        UsageError: there is no such file, it has no rows, or some can't be read; the first of these are named.
     """
     path = Path(path)
     if not is_file(path):
@@ -54,19 +57,21 @@ def corrections(path: str | Path, columns: Mapping[str, str] | None = None) -> l
     found: list[Correction] = []
     bad: list[str] = []
     formats: dict[str, None] = {}
-    for number, fields in table.rows(path, table.PART):
+    rows = list(table.rows(path, table.PART))
+    for number, fields in rows:
         row = Row(fields, path.name, number)
         try:
-            some = _read(row, columns or {})
+            read = _read(row, columns or {})
         except ErrataError as error:
             bad.append(f"row {number}: {error}")
             continue
-        found += some
-        formats |= dict.fromkeys(one.format for one in some)
+        found += read
+        formats |= dict.fromkeys(one.format for one in read)
     if bad:
-        rows = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
+        some = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
+        more = f"; and {len(bad) - TOLD} more" if len(bad) > TOLD else ""
         raise UsageError(
-            f"{path.name}: {rows} of {len(found) + len(bad)} can't be read, so none is taken: {'; '.join(bad)}"
+            f"{path.name}: {some} of {len(rows)} can't be read, so none is taken: {'; '.join(bad[:TOLD])}{more}"
         )
     if not found:
         raise UsageError(f"{str(path)!r} holds no list of edits; give rows with prompt, subject and target")
