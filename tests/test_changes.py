@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from errata import ErrataError, Patch, Site
-from errata.changes import Change, Codebook, Dense, LowRank, attach_rows, joined, routing
+from errata.changes import Change, Codebook, Dense, LowRank, attach_rows, joined, routing, share, total
 from errata.changes.routing import Index
 from tests import tiny
 
@@ -99,6 +99,19 @@ def test_a_quantised_weight_takes_a_low_rank_change_beside_it():
     assert torch.equal(quantised.weight, weight)
     undo()
     assert tiny.same_bits(quantised.module(x), base)
+
+
+def test_changes_of_one_weight_add_up_and_one_that_answers_beside_it_makes_that_unknown():
+    changes = [low_rank(rank=2), dense(seed=1)]
+    torch.testing.assert_close(total(changes), (changes[0].delta + changes[1].delta).double())
+    assert total([*changes, entry(0.0, 0)]) is None
+    assert total([]) is None
+
+
+def test_how_far_a_weight_moves_is_a_share_of_its_norm_and_unknown_of_a_quantised_one():
+    s, delta = site(), dense().delta.double()
+    assert share(delta, s) == pytest.approx(float(delta.norm() / s.weight.double().norm()))
+    assert share(delta, Site("it", Rounded(s.module))) is None  # its integers are in another unit
 
 
 def test_a_quantised_weight_refuses_a_dense_change():

@@ -19,7 +19,7 @@ import torch
 
 from .ask import Asking, Reply, ask, reply, says, took
 from .bench.metrics import kept_answer
-from .changes import Dense, LowRank
+from .changes import share, total
 from .data import Probe
 from .edit import Edit
 from .lm import LM
@@ -140,13 +140,9 @@ def checked(patch: Patch, check: Check) -> Patch:
 
 def moved(lm: LM, patch: Patch) -> float | None:
     """The largest share of its norm by which a patch moves a weight; None where it moves none."""
-    shares = []
-    for name, changes in patch.changes.items():
-        deltas = [c for c in changes if isinstance(c, LowRank | Dense)]
-        if deltas and len(deltas) == len(changes):
-            delta = torch.stack([c.delta.double() for c in deltas]).sum(0)
-            shares.append(float(delta.norm() / lm.site(name).weight.detach().double().norm().clamp(min=1e-12)))
-    return max(shares, default=None)
+    deltas = {name: total(changes) for name, changes in patch.changes.items()}
+    shares = [share(delta, lm.site(name)) for name, delta in deltas.items() if delta is not None]
+    return max((one for one in shares if one is not None), default=None)
 
 
 # What is asked

@@ -12,7 +12,7 @@ from .context import Context
 from .deferral import Deferral
 from .gated import Blocks, Gated, SideMemories, ties
 from .remembered import WHOLE, Remembered
-from .weights import Dense, LowRank, attach_rows
+from .weights import Dense, LowRank, attach_rows, share, total
 
 __all__ = [
     "WHOLE",
@@ -30,5 +30,7 @@ __all__ = [
     "attach_rows",
     "joined",
     "kind_of",
+    "share",
     "ties",
+    "total",
 ]

@@ -134,3 +134,16 @@ def _add(site: Site, delta: Callable[[Tensor], Tensor]) -> Undo:
     stored = whole.T.contiguous() if isinstance(site.module, Conv1D) else whole
     site.module.weight = nn.Parameter(stored, kept.requires_grad)
     return partial(setattr, site.module, "weight", kept)
+
+
+def total(changes: Sequence[Change]) -> Tensor | None:
+    """What changes add to one weight together, (d_out, d_in) float64; None where one answers beside the weight."""
+    deltas = [c.delta.double() for c in changes if isinstance(c, LowRank | Dense)]
+    return torch.stack(deltas).sum(0) if deltas and len(deltas) == len(changes) else None
+
+
+def share(delta: Tensor, site: Site) -> float | None:
+    """The norm of what is added to a weight, over the weight's; None where the weight is kept in a form of its own."""
+    if not site.writable:
+        return None
+    return float(delta.norm() / site.weight.detach().cpu().double().norm().clamp(min=1e-12))

@@ -6,11 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..changes import Change, Dense, LowRank
+from ..changes import Change, Dense, LowRank, share, total
 from ..errors import ErrataError, UsageError
 from ..lm import LM, Site
 from ..patch import Patch
@@ -62,11 +61,13 @@ def _has_adapters(model: Any) -> bool:
 
 
 def delta(changes: Sequence[Change]) -> Tensor:
-    """What all changes of one weight add to it, (d_out, d_in)."""
-    return torch.stack([c.delta.double() for c in changes if isinstance(c, LowRank | Dense)]).sum(0)
+    """What all changes of one weight add to it, (d_out, d_in) float64."""
+    found = total(changes)
+    assert found is not None  # `weight_changes` has seen to it
+    return found
 
 
 def moved(changes: Sequence[Change], site: Site) -> float:
     """The norm of a change over that of the weight; not a number where the weight is quantised."""
-    weight = site.weight.detach().cpu().double() if site.writable else None
-    return float(delta(changes).norm() / weight.norm()) if weight is not None else float("nan")
+    found = share(delta(changes), site)
+    return float("nan") if found is None else found

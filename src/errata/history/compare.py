@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ask import reply
-from ..changes import Dense, LowRank
+from ..changes import total
 from ..edit import asks
 from ..patch import Patch
 from .conflicts import same
@@ -55,11 +55,9 @@ def _apart(module: str, a: Patch, b: Patch) -> dict[str, Any]:
 
 def _delta(module: str, patch: Patch) -> Tensor | None:
     """What a patch adds to a weight (0 if nothing); None where it answers beside it."""
-    listed = patch.changes.get(module, ())
-    weights = [c.delta.double() for c in listed if isinstance(c, LowRank | Dense)]
-    if len(weights) < len(listed):
-        return None
-    return sum(weights, start=torch.zeros((), dtype=torch.float64))
+    if module not in patch.changes:
+        return torch.zeros((), dtype=torch.float64)
+    return total(patch.changes[module])
 
 
 def effect(lm: LM, before: Patch, after: Patch) -> list[dict[str, Any]]:
