@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from . import memory
 from . import text as texts
-from .data import Probe
+from .data import Case, Probe
 from .edit import Edit
 from .errors import ErrataError
 from .lm import ANSWER, LM
@@ -34,6 +35,8 @@ TOKENS = 4096
 """Tokens in one pass, padding included. Changes the memory, not the answers."""
 NEW_TOKENS = 24
 """At most so many tokens are generated before an answer is cut off."""
+TOGETHER = 64
+"""Facts that a model is asked in one go whether it knows them."""
 AT_LENGTH = 100
 """Tokens that a model writes from an opening."""
 
@@ -225,6 +228,14 @@ def known(lm: LM, edits: Sequence[Edit], asking: Asking | None = None) -> list[b
     some = [replace(e, target=e.truth) for e in edits if e.truth]
     found = iter(reply(lm, some, asking=asking))
     return [bool(e.truth) and next(found).gives for e in edits]
+
+
+def known_cases(lm: LM, cases: Iterable[Case], n: int) -> list[Case]:
+    """The first `n` cases whose truth the model knows (fewer where there are no more), asked a few at a time."""
+    left, found = iter(cases), []
+    while len(found) < n and (some := list(islice(left, TOGETHER))):
+        found += [c for c, knows in zip(some, known(lm, [c.edit for c in some]), strict=True) if knows]
+    return found[:n]
 
 
 def tolerant(do: Callable[[list[T]], list[Any]], items: list[T]) -> list[Any]:

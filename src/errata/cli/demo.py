@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from ..lm import LM
     from ..method import Method
 
-TOGETHER = 64
-"""Facts that are asked in one go."""
 NEIGHBOURS = 4
 """Probes of a kind that are shown for the case that is looked at closely."""
 
@@ -70,14 +67,10 @@ def demo(
 
 def known(lm: LM, n: int) -> list[Case]:
     """The first facts of counterfact-mini that a model gives the true answer to."""
-    from .. import ask, data
+    from ..ask import known_cases
+    from ..data import load
 
-    cases, found = iter(data.load("counterfact-mini")), []
-    while some := list(islice(cases, TOGETHER)):
-        told = ask.known(lm, [case.edit for case in some])
-        found += [case for case, knows in zip(some, told, strict=True) if knows]
-        if len(found) >= n:
-            return found[:n]
+    found = known_cases(lm, load("counterfact-mini"), n)
     if not found:
         raise ErrataError(f"{lm.name} knows none of the facts of counterfact-mini; give another --model")
     return found

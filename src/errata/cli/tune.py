@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 FACTS = (("counterfact-mini", "train"), ("almanac-facts", "edit"))
 """Built-in data and parts whose facts a model is asked, until it knows enough of them."""
-
-ASKED = 64
-"""Facts asked at a time."""
 
 
 def tune(
@@ -67,19 +65,13 @@ def tune(
 
 
 def _known(lm: LM, data: str | None, n: int) -> list[Case]:
-    """The first n cases whose fact the model says, asked a few at a time."""
-    from ..ask import known
+    """The first n cases whose fact the model says."""
+    from ..ask import known_cases
     from ..data import load
 
-    found: list[Case] = []
+    sets = [load(data)] if data else (load(name, part=part) for name, part in FACTS)
     with shell.working(f"asking {lm.name} what it knows"):
-        for cases in [load(data)] if data else (load(name, part=part) for name, part in FACTS):
-            for i in range(0, len(cases), ASKED):
-                some = cases[i : i + ASKED]
-                found += [c for c, knows in zip(some, known(lm, [c.edit for c in some]), strict=True) if knows]
-                if len(found) >= n:
-                    return found[:n]
-    return found
+        return known_cases(lm, chain.from_iterable(sets), n)
 
 
 def _shown(result: dict[str, Any]) -> list[RenderableType]:
