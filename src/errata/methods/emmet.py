@@ -8,8 +8,6 @@ from torch import Tensor
 
 from ..changes import LowRank
 from ..lm import LM, Site
-from ..parts import moments
-from ..parts.solve import ridge
 from ..patch import Patch
 from .memit import Spread
 
@@ -27,5 +25,4 @@ class EMMET(Spread, name="emmet"):
     exactly. If `scaled`, in d_in, as MEMIT's. (The authors' 0.1 on keys whitened by 10,000 C is 1,000 here.)"""
 
     def solve(self, lm: LM, site: Site, K: Tensor, R: Tensor, prior: Patch) -> LowRank:
-        jitter = self.jitter * self.unit("jitter", site)
-        return ridge(K, R, moments.cholesky(lm, site, self.corpus), jitter)
+        return self.ridge(lm, site, K, R, "jitter")

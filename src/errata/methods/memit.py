@@ -73,9 +73,11 @@ class Spread(TargetSearch, Method):
     def solve(self, lm: LM, site: Site, K: Tensor, R: Tensor, prior: Patch) -> LowRank:
         """One layer's change, for keys K (n, d_in) and what their values lack, R (n, d_out)."""
 
-    def unit(self, setting: str, site: Site) -> int:
-        """What a setting is given in: 1, or if it is `scaled` the mean of k^T C^-1 k over ordinary text, d_in."""
-        return site.shape[1] if setting in self.scaled else 1
+    def ridge(self, lm: LM, site: Site, K: Tensor, R: Tensor, setting: str) -> LowRank:
+        """R K^T (w C + K K^T)^-1, where w is a setting; if `scaled`, in the mean of k^T C^-1 k over ordinary text,
+        which is d_in."""
+        weight = getattr(self, setting) * (site.shape[1] if setting in self.scaled else 1)
+        return ridge(K, R, moments.cholesky(lm, site, self.corpus), weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,5 +93,4 @@ class MEMIT(Spread, name="memit"):
     ordinary text, which is d_in."""
 
     def solve(self, lm: LM, site: Site, K: Tensor, R: Tensor, prior: Patch) -> LowRank:
-        weight = self.weight * self.unit("weight", site)
-        return ridge(K, R, moments.cholesky(lm, site, self.corpus), weight)
+        return self.ridge(lm, site, K, R, "weight")
