@@ -130,7 +130,7 @@ def said(value: Any, part: str, whose: str, empty: bool = False) -> str:
         raise UsageError(f"the {part} of {whose} is {_kind(value)}")
     if not value.strip() and not empty:
         raise UsageError(f"the {part} of {whose} is empty; give the words it stands for")
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if texts.HALF.search(value):
         raise UsageError(f"the {part} of {whose}, {value!a}, holds half a character (a lone surrogate); mend it")
     return value
 

@@ -18,6 +18,9 @@ UNSPACED = re.compile(
 )
 """A character of a script that puts no space between words. (Korean puts one.)"""
 
+HALF = re.compile("[\ud800-\udfff]")
+"""Half a character: a surrogate without the other one, which no file in UTF-8 can hold."""
+
 MARKER = re.compile(r"<[^<>\s]{1,60}>$")
 """A tag at the end of a text, as chat templates write them: `<|assistant|>`."""
 

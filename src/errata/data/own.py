@@ -38,7 +38,7 @@ NEARLY = 0.8
 
 def is_own(row: Row) -> bool:
     """Whether a row has a prompt, a subject and a target, whatever they are called."""
-    return {_OWN.get(column(name)) for name in row.fields} >= set(WANTED)
+    return not lacking(row)
 
 
 def lacking(row: Row) -> list[str]:
@@ -57,7 +57,7 @@ def misspelt(row: Row) -> tuple[str, str] | None:
 
 def names_subject(row: Row) -> bool:
     """Whether a row has a subject, whatever it is called."""
-    return any(_OWN.get(column(name)) == "subject" for name in row.fields)
+    return "subject" not in lacking(row)
 
 
 def own(row: Row) -> Case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +10,6 @@ from .. import text as texts
 from ..documents import said
 from ..edit import Edit
 from ..errors import ErrataError, UsageError
-
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 class BadRow(ErrataError):
@@ -51,7 +48,7 @@ class Row:
         if (
             isinstance(found, bool)
             or not isinstance(found, int | str)
-            or (isinstance(found, str) and _HALF.search(found))
+            or (isinstance(found, str) and texts.HALF.search(found))
         ):
             raise BadRow(f"field 'case_id': expected a number or a text, found {said(found)}")
         return found
@@ -109,21 +106,20 @@ class Row:
 
     def texts(self, name: str) -> list[str]:
         """A list of texts; a missing one is empty."""
-        found = self.get(name)
-        if found is None:
-            return []
-        if not isinstance(found, list):
-            raise BadRow(f"field {self._named(name)!r}: expected a list of texts, found {said(found)}")
+        found = self._list(name, "a list of texts")
         return [self.as_text(name, one, "a list of texts", found) for one in found]
 
     def rows(self, name: str) -> list[Row]:
         """A list of what has fields of its own; a missing one is empty."""
+        return [self.inside(f"{name}.{i}", one) for i, one in enumerate(self._list(name, "a list of fields by name"))]
+
+    def _list(self, name: str, wanted: str) -> list[Any]:
         found = self.get(name)
         if found is None:
             return []
         if not isinstance(found, list):
-            raise BadRow(f"field {self._named(name)!r}: expected a list of fields by name, found {said(found)}")
-        return [self.inside(f"{name}.{i}", one) for i, one in enumerate(found)]
+            raise BadRow(f"field {self._named(name)!r}: expected {wanted}, found {said(found)}")
+        return found
 
     def as_text(self, name: str, value: Any, wanted: str = "a text", found: Any = None) -> str:
         """A value as a text; what is none is an error that names the field, what was wanted, and what was found."""
@@ -131,6 +127,6 @@ class Row:
             quoted = " (in quotes it is a text)" if isinstance(value, int | float) else ""
             shown = said(value if found is None else found)
             raise BadRow(f"field {self._named(name)!r}: expected {wanted}, found {shown}{quoted}")
-        if half := _HALF.search(value):
+        if half := texts.HALF.search(value):
             raise BadRow(f"field {self._named(name)!r}: there is half a character, {half[0]!r}, in it")
         return value
