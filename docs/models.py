@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from errata import GRACE, LM, MEMIT, ROME, Edit, ErrataError, Method, Probe, methods
-from errata.bench.answer import ask, stopped
+from errata.ask import ask, stopped
 from errata.replay import Replay, passes
 from errata.tokens import passage
 from tests import tiny

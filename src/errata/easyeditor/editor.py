@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Unpack
 
-from ..bench.answer import ask_cases
+from ..ask import ask_cases
 from ..edit import Edit
 from ..errors import UsageError
 from ..methods import IKE

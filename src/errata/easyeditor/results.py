@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..ask import Answer
 from ..bench import metrics
-from ..bench.answer import Answer
 from .requests import Part
 
 Answers = Mapping[Part, Sequence[Answer]]
