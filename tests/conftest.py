@@ -7,12 +7,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import errata
 from errata import LM, pretrained
 from tests import tiny
 
 torch.set_num_threads(1)  # on tiny models, more threads are slower
+
+# No test is timed: neither an example, nor how long the first ones take to draw (hypothesis tabulates Unicode then).
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 FETCHED = pretrained.folder("").absolute()

@@ -197,7 +197,7 @@ class Grace:
         return near["value"] if math.dist(near["key"], query) <= near["radius"] else None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 2)),

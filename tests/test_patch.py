@@ -360,7 +360,7 @@ def whole(lm: LM, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return saved(lm, tmp_path_factory.mktemp("whole")).read_bytes()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_one_damaged_byte_anywhere_is_noticed(whole: bytes, tmp_path_factory: pytest.TempPathFactory, data: Any):
     header = 8 + int.from_bytes(whole[:8], "little")  # where damage is hardest to notice: draw half of the places there

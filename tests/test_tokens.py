@@ -63,7 +63,7 @@ edits = st.builds(
     phrase,
 )
 contexts = st.sampled_from(["{}", "Yes. {}", "Today we learn. {}", "New Fact: it is.\nPrompt: {}"])
-many = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 
 
 def encoded(tokenizer: Any, *passages: Passage) -> Tokens:
