@@ -222,6 +222,29 @@ def test_codebooks_join_by_graces_rule(sequence: list[tuple[int, int, int]], see
     assert [book.owners[book.entries == i].tolist() for i in live] == [e["owners"] for e in theirs.entries]
 
 
+def test_a_measured_radius_is_neither_widened_nor_shared():
+    """Where the balls of two such entries meet, the nearer answers; the same key again is the later one's."""
+    fixed = torch.ones(1, dtype=torch.long)
+    first, alike, other, again = (
+        Codebook(**{**entry(key, label, owner=owner, radius=2.0).tensors(), "fixed": fixed})
+        for key, label, owner in ((0.0, 1, 1), (1.0, 1, 2), (3.0, 2, 3), (3.0, 4, 4))
+    )
+    (book,) = joined([first, alike, other])
+    assert isinstance(book, Codebook)
+    assert book.radii.tolist() == [2.0, 2.0, 2.0]
+    assert book.entries.tolist() == [0, 1, 2]
+    (later,) = book.join(again)
+    assert later.entries.tolist() == [0, 1, 3, 3]
+    back = later.without(4)
+    assert back is not None
+    assert all(tiny.same_bits(x, y) for x, y in zip(back.tensors().values(), book.tensors().values(), strict=True))
+
+
+def test_a_codebook_of_an_older_patch_has_radii_that_are_not_fixed():
+    old = {k: t for k, t in entry(0.0, 1).tensors().items() if k != "fixed"}
+    assert Codebook(**old).fixed.tolist() == [0]
+
+
 def test_a_codebook_answers_within_its_radius_and_nowhere_else():
     s = site()
     (book,) = entry(0.0, 1, owner=7).join(entry(5.0, 2, owner=8, radius=0.5))

@@ -67,6 +67,21 @@ def test_an_edit_taken_out_is_as_if_it_had_never_been(seed: int):
     assert block(1.0, 1).without(0) is None
 
 
+def test_a_measured_radius_is_neither_widened_nor_shared():
+    """Where two such clusters reach, the nearer answers; the same key again is the later one's."""
+    fixed = torch.ones(1, dtype=torch.long)
+    parts = [
+        Blocks(**{**block(key, label, owner=owner, radius=2.0).tensors(), "fixed": fixed})
+        for key, label, owner in ((1.0, 1, 1), (2.0, 1, 2), (4.0, 2, 3), (4.0, 5, 4))
+    ]
+    memory = fold(parts[:3])
+    assert memory.radii.tolist() == [2.0, 2.0, 2.0]
+    assert answers(memory, 1.0, 2.0, 4.0) == [1.0, 2.0, 3.0]
+    later = fold(parts)
+    assert answers(later, 1.0, 2.0, 4.0) == [1.0, 2.0, 4.0]
+    assert equal(later.without(4), memory)
+
+
 def test_a_block_works_within_its_clusters_radius_and_nowhere_else():
     memory = fold([block(2.0, 1, owner=7), block(8.0, 2, owner=8, radius=0.5)])
     assert answers(memory, 2.0, 2.9, 3.1, 7.6, 7.4, 8.5) == [7, 7, 0, 8, 0, 8]

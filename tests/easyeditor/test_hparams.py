@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,15 @@ def test_qlora_says_what_it_needs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("transformers.utils.import_utils._is_package_available", lambda *_, **__: (False, "N/A"))
     with pytest.raises(ErrataError, match="'almanac' can't be loaded.*to load it quantised takes bitsandbytes"):
         QLoRAHyperParams(model_name="almanac", quantization_bit=4).loaded()
+
+
+@pytest.mark.parametrize("alg", ["Grace", "FT", "LoRA", "UltraEdit", "MELO", "WISE"])
+def test_a_files_numbers_are_plain_on_a_model_that_is_not_listed(alg: str):
+    """The presets of such models count in shares."""
+    lm, kind = tiny.lm("llama"), getattr(easyeditor, f"{alg}HyperParams")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        method = kind(model_name="x").prepared(lm)
+    own = {f.name: f.default for f in fields(method) if f.default is not MISSING}
+    assert own.pop("relative") is False
+    assert {k: v for k, v in own.items() if getattr(method, k) != v} in ({}, {"loss": own.get("loss")})

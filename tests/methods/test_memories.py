@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 import errata
 from errata import GRACE, LM, MELO, WISE, Edit, Method, Patch, sequential
 from errata.changes import SideMemories
+from errata.methods import melo
 from errata.patch import applied_by_row
 from errata.tokens import Passage, follow, pad_left
 from errata.trace import read
@@ -25,12 +27,19 @@ EDITS = tuple(Edit(tiny.PROMPT, s, t) for s, t in [*tiny.CAPITALS.items()][:5])
 WISE_SMALL: dict[str, Any] = dict(
     descent="adam", rate=3e-2, mask=0.5, near=0.2, far=1.0, apart=0.5, lengths=(), others=8, lines=20, steps=25
 )
+MEASURED: dict[str, Any] = dict(relative=True, radius=0.8, stop=0.05, ending=".", lengths=((3, 1),))
+SHARES: dict[str, Any] = dict(
+    relative=True, ratio=0.8, near=1.0, far=2.0, apart=0.5, stop=0.05, ending=".", lengths=((3, 1),), lines=20
+)
 METHODS = {
     "grace": GRACE(at=2, radius=0.3, steps=20),
     "grace-prompt": GRACE(at=2, radius=0.3, steps=20, placement="prompt"),
     "melo": MELO(at=(2, 3), rank=2, steps=30, rate=3e-2, radius=0.3),
     "melo-prompt": MELO(at=(2,), rank=2, steps=30, rate=3e-2, radius=0.3, keys="prompt", per_block=2),
     "wise": WISE(at=2, shard=2, merge=1, replay=True, **WISE_SMALL),
+    "grace-subject": GRACE(at=1, token="subject", start="output", rate=0.3, lines=20, **MEASURED),
+    "melo-subject": MELO(at=(1,), keys="subject", rate=0.3, lines=20, **MEASURED),
+    "wise-subject": WISE(at=1, token="subject", descent="value", rate=0.3, shard=2, merge=1, **SHARES),
     "wise-merged": WISE(at=2, shard=1, merge=2, retrieve=False, **WISE_SMALL),
 }
 
@@ -153,6 +162,67 @@ def test_writing_on_leaves_the_earlier_patch_as_it_was_and_one_edit_can_be_saved
     first.save(tmp_path / "first.safetensors")
     method.edit(lm, EDITS[1:2], first)
     assert same(first, Patch.load(tmp_path / "first.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["grace-subject", "melo-subject", "wise-subject"])
+def test_an_edit_by_its_subject_is_recognised_in_other_words_and_nobody_else_is(name: str):
+    lm, edit = tiny.trained("llama"), Edit(tiny.PROMPT, "Peru", "Oslo")
+    asked = [edit.text, "People in Peru govern from", "Today we learn. Peru has its capital at"]
+    away = [e.text for e in EDITS[:2]] + ["It is known. Sri Lanka has its capital at"]
+    before = tiny.logits(lm, *asked, *away)
+    with METHODS[name].edit(lm, [edit]).applied(lm):
+        after = tiny.logits(lm, *asked, *away)
+    moved = (after - before).abs().amax(1)
+    assert moved[:3].min() > 1.0
+    assert moved[3:].max() < (0.1 if name == "wise-subject" else 1e-6)  # its router lets a little through
+
+
+@pytest.mark.parametrize("name", ["grace-subject", "melo-subject", "wise-subject"])
+def test_a_later_edit_of_a_subject_keeps_the_earlier_one(name: str):
+    """Both are looked up at the same token."""
+    lm = tiny.trained("llama")
+    first, later = Edit("{} has its capital at", "Peru", "Oslo"), Edit("{} is a", "Peru", "city")
+    *_, patch = sequential(METHODS[name], lm, [[first], [later]])
+    with patch.applied(lm):
+        said = [lm.generate(e.text, max_new_tokens=4) for e in (first, later)]
+    assert [text.strip().startswith(e.target) for text, e in zip(said, (first, later), strict=True)] == [True, True]
+
+
+def test_melo_trains_a_block_where_it_will_work(monkeypatch: pytest.MonkeyPatch):
+    """What it says after n steps is what the descent sees in the next one."""
+    lm, edit, seen = tiny.trained("llama"), Edit("Today we learn. {} has its capital at", "New Zealand", "Oslo"), []
+    nll = melo.cross_entropy
+    monkeypatch.setattr(melo, "cross_entropy", lambda *a, **k: (seen.append(nll(*a, **k)), seen[-1])[1])
+    settings: dict[str, Any] = dict(at=(1,), rate=3e-2, keys="prompt")
+    MELO(steps=7, **settings).edit(lm, [edit])
+    tokens = lm.encode([follow(edit.text, edit.target)])
+    with MELO(steps=6, **settings).edit(lm, [edit]).applied(lm), torch.no_grad():
+        said = nll(lm.logits(*tokens.reads, **tokens.inputs), tokens.wanted, reduction="none")
+    assert (seen[0] - seen[6]).abs().max() > 0.1
+    torch.testing.assert_close(seen[6].detach(), said, atol=1e-4, rtol=1e-4)  # a replay and a pass differ by rounding
+
+
+def test_wise_weighs_the_three_margins_of_equation_5(lm: LM):
+    """For gaps of 3 in scope, and out of scope of 1, 2 and 2.5."""
+    method = WISE(at=2, near=1.5, far=4.0, apart=1.25, lengths=(), lines=20)
+    site = lm.site(2)
+    method.prepare(lm)
+    work = method._writing(lm, site, EDITS[:1], torch.zeros(1, dtype=torch.long), ())
+    delta = torch.zeros(1, *site.shape)
+    delta[0, 0, 0] = 1.0  # so an input's gap is its first entry
+    work.inputs, work.apart = work.inputs.clone(), torch.zeros(1, 3, site.shape[1])
+    work.inputs[:, 0], work.apart[0, :, 0] = 3.0, torch.tensor([1.0, 2.0, 2.5])
+
+    def loss(**own: float) -> float:
+        work.how = replace(method, **own)
+        return work.loss(delta).item()
+
+    off = dict(near=9.0, far=0.0, apart=-9.0)
+    said = loss(**off)
+    assert loss(**{**off, "near": 1.5}) - said == pytest.approx((0.5 + 1.0) / 2, abs=1e-5)  # mean of those violated
+    assert loss(**{**off, "far": 4.0}) - said == pytest.approx(4.0 - 3.0, abs=1e-5)
+    assert loss(**{**off, "apart": 1.25}) - said == pytest.approx(2.5 + 1.25 - 3.0, abs=1e-5)
+    assert loss() - said == pytest.approx(0.75 + 1.0 + 0.75, abs=1e-5)
 
 
 # On the built-in model

@@ -7,7 +7,7 @@ edits in their order: joined in any grouping it is the same, and one edit taken 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -37,6 +37,7 @@ class Codebook(Change, kind="codebook"):
         "whole": "int64 n",
         "radii": "float32 n",
         "entries": "int64 n",
+        "fixed": "int64 n",
     }
 
     keys: Tensor
@@ -53,17 +54,34 @@ class Codebook(Change, kind="codebook"):
     """(n,) Euclidean distance within which an entry answers now."""
     entries: Tensor
     """(n,) int64: whose key and value answer for each edit; its own where it is an entry."""
+    fixed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    """(n,) int64: 1 where the radius was measured, so that no neighbour widens or shrinks it; 0 in older patches."""
+
+    def __post_init__(self) -> None:
+        if not len(self.fixed):
+            object.__setattr__(self, "fixed", torch.zeros_like(self.owners))
 
     @classmethod
-    def of(cls, owners: Tensor, keys: Tensor, values: Tensor, first: Tensor, labels: Tensor, whole: Tensor) -> Codebook:
-        """The codebook of edits in their order."""
+    def of(
+        cls,
+        owners: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        first: Tensor,
+        labels: Tensor,
+        whole: Tensor,
+        fixed: Tensor | None = None,
+    ) -> Codebook:
+        """The codebook of edits in their order; an edit may have several keys."""
         radii, entries = first.clone(), torch.arange(len(owners))
         labels = labels[:, : int((labels >= 0).sum(1).max()) + 1]
-        _settle(keys, labels, radii, entries, 0)
-        return cls(owners, keys, values, first, labels, whole, radii, entries)
+        fixed = torch.zeros_like(owners) if fixed is None else fixed
+        _settle(keys, labels, radii, entries, fixed, 0)
+        return cls(owners, keys, values, first, labels, whole, radii, entries, fixed)
 
     def refuse_inconsistent(self) -> None:
         self.refuse_outside("whole", 0, 2)
+        self.refuse_outside("fixed", 0, 2)
         self.refuse_outside("entries", 0, len(self.entries))
         if not torch.equal(self.entries[self.entries], self.entries):
             raise ValueError("the entries of a codebook change name edits that are no entries")
@@ -76,10 +94,11 @@ class Codebook(Change, kind="codebook"):
     @property
     def told(self) -> list[str]:
         owners, radii = self.owners.tolist(), self.radii.tolist()
-        return [
+        each = [
             f"edit {owners[i]}: within {radii[entry]:.4g} of edit {owners[entry]}'s key"
             for i, entry in enumerate(self.entries.tolist())
         ]
+        return list(dict.fromkeys(each))
 
     def attach(self, site: Site) -> Undo:
         return self.attach_rows(site, [self])
@@ -112,8 +131,7 @@ class Codebook(Change, kind="codebook"):
     def alone(self, edit: int) -> Codebook:
         """One edit's own part, as if the others had never been."""
         mine = self.owners == edit
-        parts = (self.owners, self.keys, self.values, self.first, self.labels, self.whole)
-        return Codebook.of(*(t[mine] for t in parts)).renumbered(torch.zeros_like)
+        return self._only(mine).renumbered(torch.zeros_like)
 
     def fits(self, site: Site) -> bool:
         return (self.values.shape[1], self.keys.shape[1]) == site.shape
@@ -124,34 +142,39 @@ class Codebook(Change, kind="codebook"):
             return self, later
         most = max(self.labels.shape[1], later.labels.shape[1])
         labels = torch.cat([pad(b.labels, (0, most - b.labels.shape[1]), value=-1) for b in (self, later)])
-        owners, keys, values, first, whole = (
+        owners, keys, values, first, whole, fixed = (
             torch.cat([getattr(self, name), getattr(later, name)])
-            for name in ("owners", "keys", "values", "first", "whole")
+            for name in ("owners", "keys", "values", "first", "whole", "fixed")
         )
         radii = torch.cat([self.radii, later.first])
         entries = torch.cat([self.entries, torch.arange(len(self.keys), len(keys))])
-        _settle(keys, labels, radii, entries, len(self.keys))
-        return (Codebook(owners, keys, values, first, labels, whole, radii, entries),)
+        _settle(keys, labels, radii, entries, fixed, len(self.keys))
+        return (Codebook(owners, keys, values, first, labels, whole, radii, entries, fixed),)
 
     def without(self, edit: int) -> Codebook | None:
         """The codebook as the other edits alone make it: its entry goes, and radii that it changed are as they were."""
         stay = self.owners != edit
-        if not stay.any():
-            return None
-        parts = (self.owners, self.keys, self.values, self.first, self.labels, self.whole)
-        return Codebook.of(*(t[stay] for t in parts))
+        return self._only(stay) if stay.any() else None
+
+    def _only(self, some: Tensor) -> Codebook:
+        parts = (self.owners, self.keys, self.values, self.first, self.labels, self.whole, self.fixed)
+        return Codebook.of(*(t[some] for t in parts))
 
 
-def _settle(keys: Tensor, labels: Tensor, radii: Tensor, entries: Tensor, start: int) -> None:
+def _settle(keys: Tensor, labels: Tensor, radii: Tensor, entries: Tensor, fixed: Tensor, start: int) -> None:
     """GRACE's algorithm 1 for the edits from `start` on, in place.
 
     A far key is an entry of its own. A near one with the same label widens the entry that is there. A near one with
     another label is added, and the two share the distance between them; where there is none (the same question,
-    corrected again) that would leave both without an answer, so the later one takes the entry over.
+    corrected again) that would leave both without an answer, so the later one takes the entry over. A fixed radius
+    stays: where two such entries reach, the nearer answers.
     """
 
     def meet(edit: int, near: int, distance: Tensor) -> None:
-        if torch.equal(labels[near], labels[edit]):
+        if fixed[near] or fixed[edit]:
+            if distance <= SAME * radii[edit]:
+                entries[entries == near] = edit
+        elif torch.equal(labels[near], labels[edit]):
             radii[near] = torch.maximum(radii[near], distance)
             entries[edit] = near
         elif distance <= SAME * radii[edit]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -88,6 +88,7 @@ class Blocks(Gated, kind="blocks"):
         "radii": "float32 n",
         "clusters": "int64 n",
         "founders": "int64 n",
+        "fixed": "int64 n",
     }
 
     keys: Tensor
@@ -110,15 +111,30 @@ class Blocks(Gated, kind="blocks"):
     """(n,) int64: the founder of each point's cluster; -1 for a point that was forgotten when its cluster shrank."""
     founders: Tensor
     """(n,) int64: 1 where a point founded a cluster that still stands."""
+    fixed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    """(n,) int64: 1 where the radius was measured, so that no neighbour widens or shrinks it; 0 in older patches."""
+
+    def __post_init__(self) -> None:
+        if not len(self.fixed):
+            object.__setattr__(self, "fixed", torch.zeros_like(self.owners))
 
     @classmethod
     def of(
-        cls, owners: Tensor, keys: Tensor, first: Tensor, labels: Tensor, block: Tensor, left: Tensor, right: Tensor
+        cls,
+        owners: Tensor,
+        keys: Tensor,
+        first: Tensor,
+        labels: Tensor,
+        block: Tensor,
+        left: Tensor,
+        right: Tensor,
+        fixed: Tensor | None = None,
     ) -> Blocks:
         """The memory that points make in their order."""
         labels = labels[:, : int((labels >= 0).sum(1).max()) + 1].contiguous()
         derived = keys.clone(), first.clone(), torch.arange(len(keys)), torch.ones_like(owners)
-        made = cls(owners, keys, first, labels, block, left, right, *derived)
+        fixed = torch.zeros_like(owners) if fixed is None else fixed
+        made = cls(owners, keys, first, labels, block, left, right, *derived, fixed)
         made._settle(0)
         return made
 
@@ -126,6 +142,7 @@ class Blocks(Gated, kind="blocks"):
         self.refuse_outside("block", 0, len(self.left))
         self.refuse_outside("clusters", -1, len(self.keys))
         self.refuse_outside("founders", 0, 2)
+        self.refuse_outside("fixed", 0, 2)
         if not self.founders[self.clusters[self.clusters >= 0]].all():
             raise ValueError("the clusters of a blocks change name points that founded none")
 
@@ -137,12 +154,13 @@ class Blocks(Gated, kind="blocks"):
     @property
     def told(self) -> list[str]:
         owners, radii = self.owners.tolist(), self.radii.tolist()
-        return [
+        each = [
             f"edit {owners[i]}: block {block}, within {radii[founder]:.4g} of edit {owners[founder]}'s cluster"
             if founder >= 0
             else f"edit {owners[i]}: out of reach since a later edit shrank its cluster"
             for i, (block, founder) in enumerate(zip(self.block.tolist(), self.clusters.tolist(), strict=True))
         ]
+        return list(dict.fromkeys(each))
 
     @classmethod
     def working(cls, site: Site, rows: Sequence[Change | None]) -> tuple[Route, Add, Tensor]:
@@ -208,18 +226,24 @@ class Blocks(Gated, kind="blocks"):
 
     def _only(self, points: Tensor) -> Blocks:
         used, block = self.block[points].unique(return_inverse=True)
-        owners, keys, first, labels = (t[points] for t in (self.owners, self.keys, self.first, self.labels))
-        return Blocks.of(owners, keys, first, labels, block, self.left[used], self.right[used])
+        parts = (self.owners, self.keys, self.first, self.labels)
+        owners, keys, first, labels = (t[points] for t in parts)
+        return Blocks.of(owners, keys, first, labels, block, self.left[used], self.right[used], self.fixed[points])
 
     def _settle(self, start: int) -> None:
         """MELO's rules for the points from `start` on, in place. A far point founds a cluster. A near one with the same
         label joins it: the centre moves to the mean, the radius reaches every member. A near one with another label
         founds a cluster too, the two share the distance, and the older forgets the members that it no longer reaches;
-        where there is no distance (the same question again) it is the later one's from then on."""
+        where there is no distance (the same question again) it is the later one's from then on. A fixed radius stays:
+        where two such clusters reach, the nearer answers."""
 
         def meet(point: int, near: int, distance: Tensor) -> None:
             members = self.clusters == near
-            if torch.equal(self.labels[near], self.labels[point]):
+            if self.fixed[near] or self.fixed[point]:
+                if distance <= SAME * self.first[point]:
+                    self.founders[near] = 0
+                    self.clusters[members] = -1
+            elif torch.equal(self.labels[near], self.labels[point]):
                 self.founders[point], self.clusters[point] = 0, near
                 members[point] = True
                 self.centres[near] = self.keys[members].mean(0)

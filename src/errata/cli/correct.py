@@ -410,7 +410,7 @@ def _extent(change: Change) -> str:
         keys = f"{len(change.keys)} keys in {n} cluster{'s' * (n != 1)}, radius {radii.min():.3g} to {radii.max():.3g}"
         return f"{len(change.left)} of rank {change.right.shape[1]}; {keys}"
     if isinstance(change, Codebook):
-        n, edits = len(change.live), len(change.keys)
+        n, edits = len(change.live), len(change.owners.unique())
         shared = f" for {edits} edits" * (edits > n)
         low, high = change.radii[change.live].min(), change.radii[change.live].max()
         return (

@@ -6,6 +6,7 @@ any other is named in a warning. A value that errata can't honour is an error: i
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import warnings
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from .. import presets
 from ..documents import is_file, parsed_yaml, said
 from ..errors import UsageError
 from ..lm import LM
@@ -124,7 +126,14 @@ class HyperParams:
 
     def prepared(self, lm: LM) -> Method:
         """The errata method with these settings; those that the file lacks are the preset's."""
-        return self.method.preset(lm, **self.settings(lm))
+        return self.method.preset(lm, **self._plain(lm), **self.settings(lm))
+
+    def _plain(self, lm: LM) -> Fields:
+        """For a model that is not listed, the defaults of a method whose preset counts in other units than the file."""
+        if presets.recognised(lm.config) or "relative" not in {f.name for f in dataclasses.fields(self.method)}:
+            return {}
+        own = {f.name: f.default for f in dataclasses.fields(self.method) if f.default is not dataclasses.MISSING}
+        return {name: value for name, value in own.items() if name not in self.settings(lm)}
 
     def loaded(self) -> LM:
         """The model that the file names."""

@@ -12,15 +12,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import cross_entropy, linear
 
 from ..changes import Dense
 from ..edit import Edit
 from ..errors import over
 from ..lm import LM
 from ..method import Method
-from ..parts.descend import pull
+from ..parts import descend
 from ..patch import Patch
+from ..replay import Passes, passes
 from ..tokens import Tokens, passage
 from ..trace import beside
 
@@ -37,7 +38,9 @@ class FT(Method, name="ft"):
     steps: int = 25
     """Passes over the edits at most."""
     rate: float = 5e-4
-    """Adam's learning rate."""
+    """The learning rate."""
+    descent: Literal["adam", "sgd"] = "adam"
+    """Adam, or plain descent, which moves a weight along what the edit's tokens give it alone."""
     bound: float | None = None
     """No entry of a weight moves further than this (L-infinity)."""
     loss: Literal["text", "target", "last"] = "text"
@@ -45,32 +48,50 @@ class FT(Method, name="ft"):
     prompt's last token (the code of ROME's authors and EasyEdit's "prompt_last": the same for one-token targets)."""
     stop: float = 0.01
     """The loss at which training ends."""
+    margin: float | None = None
+    """Training ends, too, when every token of every target is by so many nats the likeliest."""
+    ending: str = ""
+    """What is trained to follow the target, so that the answer ends there: nothing, or a full stop."""
+    relative: bool = False
+    """`rate` and `bound` are shares of what a matrix puts out: by about the rate a step moves it, and by the bound all
+    of them together do at most. Off, both are plain numbers, of entries."""
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         over(0, steps=self.steps, rate=self.rate, **({} if self.bound is None else {"bound": self.bound}))
-        sites = [lm.site(layer) for layer in self.layers]
+        sites = [lm.site(layer) for layer in sorted(self.layers)]
         deltas = [torch.zeros(*site.shape, device=lm.device, requires_grad=True) for site in sites]
-        tokens = lm.encode([passage(e, answer=e.target) for e in edits])
-        optimiser = torch.optim.Adam(deltas, lr=self.rate)
+        units = [descend.entry(site) / site.shape[1] ** 0.5 if self.relative else 1.0 for site in sites]
+        tokens = lm.encode([passage(e, answer=e.target + self.ending) for e in edits])
+        kind = torch.optim.Adam if self.descent == "adam" else torch.optim.SGD
+        optimiser = kind([{"params": [d], "lr": self.rate * unit} for d, unit in zip(deltas, units, strict=True)])
+        again = passes(lm, tokens, [site.name for site in sites], torch.zeros_like(tokens.last))
         with ExitStack() as stack:
             for site, delta in zip(sites, deltas, strict=True):
                 stack.enter_context(beside(site.module, lambda x, delta=delta: linear(x, delta)))
             for _ in range(self.steps):
-                loss = self._loss(lm, tokens)
-                if loss < self.stop:
+                loss, lead = self._loss(again, tokens)
+                if loss < self.stop or (self.margin is not None and lead >= self.margin):
                     break
                 optimiser.zero_grad()
-                pull(lm, loss, deltas)
-                optimiser.step()
-                if self.bound is not None:
-                    for delta in deltas:
-                        delta.data.clamp_(-self.bound, self.bound)
+                descend.pull(lm, loss, deltas)
+                self._step(optimiser, deltas, units)
         owners = torch.arange(len(edits))
         changes = {s.name: (Dense(owners, d.detach().cpu()),) for s, d in zip(sites, deltas, strict=True)}
         return Patch(changes if any(bool(d.any()) for d in deltas) else {})
 
-    def _loss(self, lm: LM, tokens: Tokens) -> Tensor:
-        """Mean over edits of the mean negative log-probability of the tokens trained on."""
+    def _step(self, optimiser: torch.optim.Optimizer, deltas: Sequence[Tensor], units: Sequence[float]) -> None:
+        if self.descent == "sgd" and self.relative:
+            for delta in deltas:  # as long as Adam's, whose every entry moves by the rate
+                assert delta.grad is not None
+                delta.grad *= delta.numel() ** 0.5 / delta.grad.norm().clamp(min=torch.finfo(delta.dtype).tiny)
+        optimiser.step()
+        if self.bound is not None:
+            for delta, unit in zip(deltas, units, strict=True):
+                delta.data.clamp_(-self.bound * unit, self.bound * unit)
+
+    def _loss(self, again: Passes, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Mean over edits of the mean negative log-probability of the tokens trained on; and the least lead of a
+        target's."""
         rows, cols = tokens.reads
         wanted = tokens.wanted
         if self.loss == "text":
@@ -78,8 +99,11 @@ class FT(Method, name="ft"):
             wanted = tokens.ids[rows, cols + 1]
         elif self.loss == "last":
             cols = tokens.asked[rows]
-        said = log_softmax(lm.logits(rows, cols, **tokens.inputs), -1).gather(1, wanted[:, None])[:, 0]
-        return -(said / rows.bincount(minlength=len(tokens))[rows]).sum() / len(tokens)
+        logits = again.logits(rows, cols)
+        nll = cross_entropy(logits, wanted, reduction="none")
+        loss = (nll / rows.bincount(minlength=len(tokens))[rows]).sum() / len(tokens)
+        targets = tokens.target[rows, cols + 1] if self.loss == "text" else slice(None)
+        return loss, descend.leads(logits.detach()[targets], wanted[targets]).min()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,22 +7,22 @@ the weight as it does for every method. EasyEdit's preset trains with dropout 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from ..changes import LowRank
 from ..edit import Edit
 from ..errors import ErrataError, UsageError
-from ..lm import LM
+from ..lm import LM, Site
 from ..method import Method
-from ..parts.descend import pull
+from ..parts import descend
 from ..patch import Patch
 from ..tokens import Tokens, passage
 
@@ -67,26 +67,55 @@ class LoRA(Method, name="lora"):
     """Adam's weight decay."""
     stop: float = 0.01
     """The loss at which training ends; AdaLoRA goes on until it has pruned."""
+    margin: float | None = None
+    """Training ends, too, when every token of the target is by so many nats the likeliest."""
+    ending: str = ""
+    """What is trained to follow the target, so that the answer ends there: nothing, or a full stop."""
+    relative: bool = False
+    """`rate` is the share by which a step moves what a module puts out, about. Off, it is a plain number."""
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
-        tokens = lm.encode([passage(e, answer=e.target) for e in edits])
+        tokens = lm.encode([passage(e, answer=e.target + self.ending) for e in edits])
         with self._adapted(lm) as (tuner, layers):
-            self._train(lm, tuner, tokens)
+            self._train(lm, tuner, layers, tokens)
             found = {name: _change(layer) for name, layer in layers.items()}
         return Patch({name: (change,) for name, change in found.items() if change is not None})
 
-    def _train(self, lm: LM, tuner: Any, tokens: Tokens) -> None:
-        weights = [p for p in tuner.parameters() if p.requires_grad]
-        optimiser = torch.optim.Adam(weights, lr=self.rate, weight_decay=self.decay)
+    def _train(self, lm: LM, tuner: Any, layers: Mapping[str, Any], tokens: Tokens) -> None:
+        groups = self._groups(tuner, layers)
+        weights = [p for group in groups for p in group["params"]]
+        optimiser = torch.optim.Adam(groups, lr=self.rate, weight_decay=self.decay)
         for step in range(self.steps):
-            loss = _nll(lm, tokens)
-            if loss < self.stop and self.kind == "lora":
+            logits = lm.logits(*tokens.reads, **tokens.inputs)
+            loss, lead = cross_entropy(logits, tokens.wanted), descend.leads(logits.detach(), tokens.wanted).min()
+            said = loss < self.stop or (self.margin is not None and lead >= self.margin)
+            if said and self.kind == "lora":
                 break
             optimiser.zero_grad()
-            pull(lm, loss + self._irregularity(tuner), weights)
+            descend.pull(lm, loss + self._irregularity(tuner), weights)
             optimiser.step()
             if self.kind == "adalora":
                 tuner.update_and_allocate(step + 1)
+
+    def _groups(self, tuner: Any, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The adapter's parameters, with what learning rate.
+
+        By a step of B at rate b, with PEFT's start of A, an entry of the output moves by about
+        b alpha |k| / sqrt(3 d_in) for an input k; by W it is about |k| times the root mean square of W's entries.
+        """
+        if not self.relative:
+            return [{"params": [p for p in tuner.parameters() if p.requires_grad]}]
+        groups = []
+        for name, layer in layers.items():
+            site = Site(name, layer.get_base_layer())
+            root, alpha = (3 * site.shape[1]) ** 0.5, layer.scaling[ADAPTER] * self.rank
+            rates = {"lora_A": 1 / root / site.shape[1] ** 0.5, "lora_B": descend.entry(site) * root / alpha}
+            groups += [
+                {"params": [p], "lr": self.rate * rates.get(n.split(".")[0], 1.0)}
+                for n, p in layer.named_parameters()
+                if p.requires_grad
+            ]
+        return groups
 
     def _irregularity(self, tuner: Any) -> Tensor | float:
         """AdaLoRA's regulariser: how far the factors are from orthogonal."""
@@ -167,12 +196,6 @@ class LoRA(Method, name="lora"):
         given |= {"target_r": self.rank, "init_r": math.ceil(1.5 * self.rank), "total_step": self.steps}
         given |= {"tinit": self.warm, "tfinal": self.final, "deltaT": self.every}
         return peft.AdaLoraModel, peft.AdaLoraConfig(**given)
-
-
-def _nll(lm: LM, tokens: Tokens) -> Tensor:
-    """The mean negative log-probability of the target's tokens."""
-    said = log_softmax(lm.logits(*tokens.reads, **tokens.inputs), -1)
-    return -said.gather(1, tokens.wanted[:, None]).mean()
 
 
 @torch.no_grad()

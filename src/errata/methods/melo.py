@@ -14,21 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy
 
 from ..changes import Blocks
 from ..edit import Edit
 from ..lm import LM, Site
 from ..method import Method
+from ..parts import contexts, moments, scope
 from ..parts.descend import pull
 from ..patch import Patch
 from ..replay import in_pass, passes
-from ..tokens import Tokens, passage
+from ..tokens import Tokens
 from ..trace import beside, read
 
 
@@ -49,91 +50,189 @@ class MELO(Method, name="melo"):
     """What a block puts out is multiplied by this."""
     radius: float = 0.5
     """Euclidean distance from its key within which a new cluster answers."""
-    keys: Literal["answer", "prompt"] = "answer"
-    """Where a block works, and what is remembered: the tokens that predict the target's, or the prompt's last alone."""
+    keys: Literal["answer", "prompt", "subject"] = "answer"
+    """Where a block works, and what is remembered: the tokens that predict the target's, the prompt's last alone, or
+    the subject's last, which every wording of the question has. The subject has several keys: in its prompt, and after
+    each of `lengths`."""
     steps: int = 50
     """Adam steps to a block."""
     rate: float = 1e-3
     """Adam's learning rate; it is halved every 20 steps."""
+    stop: float = 0.0
+    """The loss at which a block is done."""
+    ending: str = ""
+    """What is trained to follow the target, so that the answer ends there: nothing, or a full stop."""
+    relative: bool = False
+    """`radius` is a share of the distance to the nearest input that is out of the edit's scope (`parts.scope`), `rate`
+    one of the size of what the matrix is given and puts out, and a block begins along what it is given. Off, both are
+    plain numbers, and a block begins at random."""
+    lengths: tuple[tuple[int, int], ...] = ()
+    """Texts before the prompt, which a block is trained after too: (new tokens, count)."""
+    corpus: str = moments.BUILT_IN
+    """With `relative`, whose tokens are out of scope: `almanac`, a text file, .jsonl, a folder, or the name of a data
+    set."""
+    lines: int = 400
+    """Texts of the corpus that are read."""
+
+    def prepare(self, lm: LM) -> None:
+        contexts.sample(lm, self.lengths, self.seed)
+        for place in self.at if self.relative else ():
+            scope.ordinary(lm, lm.site(place), self.corpus, self.lines)
+
+    def beneath(self, lm: LM, prior: Patch) -> Patch:
+        """Without the blocks: a new one is trained as it will answer, alone."""
+        names = {lm.site(place).name for place in self.at}
+        kept = {
+            name: tuple(c for c in changes if not (name in names and isinstance(c, Blocks)))
+            for name, changes in prior.changes.items()
+        }
+        return replace(prior, changes=kept)
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
-        return self._made(lm, edits, torch.arange(len(edits)) // self.per_block)
+        return self._made(lm, edits, torch.arange(len(edits)) // self.per_block, prior.edits)
 
     def patches(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        together = self._made(lm, edits, torch.arange(len(edits)))
+        together = self._made(lm, edits, torch.arange(len(edits)), ())
         return [Patch({n: (c[0].alone(i),) for n, c in together.changes.items()}) for i in range(len(edits))]  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _made(self, lm: LM, edits: Sequence[Edit], block: Tensor) -> Patch:
+    def _made(self, lm: LM, edits: Sequence[Edit], block: Tensor, known: Sequence[Edit]) -> Patch:
         """Blocks for edits, of which edit i gets the `block[i]`-th."""
-        sites = [lm.site(place) for place in self.at]
-        tokens = lm.encode([passage(e, answer=e.target) for e in edits])
-        factors = [self._start(site, int(block[-1]) + 1, lm.device) for site in sites]
-        self._train(lm, sites, factors, tokens, block.to(lm.device))
+        sites, texts = [lm.site(place) for place in self.at], contexts.sample(lm, self.lengths, self.seed)
+        names, by_subject = [site.name for site in sites], self.keys == "subject"
+        passages, edit = scope.lessons(edits, texts, self.ending, known if by_subject else ())
+        tokens, edit, block = lm.encode(passages), edit.to(lm.device), block.to(lm.device)
+        bare = scope.firsts(edit)
+        begun = read(lm, names, tokens, bare, self._first(tokens)[bare])
+        factors = [self._start(site, block, *begun[site.name]) for site in sites]
+        self._train(lm, sites, factors, tokens, block[edit])
+        labels = tokens.to_say(bare, tokens.asked[bare])[edit]
+        if by_subject:
+            passages, edit = scope.inside(edits, texts)
+            tokens, labels, edit = lm.encode(passages), labels[bare][edit], edit.to(lm.device)
         rows, cols = self._places(tokens)
-        with self._beside(sites, factors, tokens, block.to(lm.device), torch.zeros_like(tokens.last)):
-            seen = read(lm, [site.name for site in sites], tokens, rows, cols)
-        owners, labels = rows.cpu(), tokens.to_say(rows, cols).cpu()
+        with self._beside(sites, factors, tokens, block[edit], torch.zeros_like(tokens.last)):
+            seen = read(lm, names, tokens, rows, cols)
+        labels = (labels[rows] if by_subject else tokens.to_say(rows, cols)).cpu()
+        owners = edit[rows]
         changes = {}
-        for site, (left, right) in zip(sites, factors, strict=True):
-            keys, (left, right) = seen[site.name][0].float().cpu(), (t.detach().cpu() for t in (left, right))
-            radius = torch.full((len(rows),), self.radius)
-            made = Blocks.of(owners.clone(), keys, radius, labels.clone(), block[owners], self.scale * left, right)
+        for site, both in zip(sites, factors, strict=True):
+            keys = seen[site.name][0].float()
+            reach = torch.ones(len(keys))
+            if self.relative:
+                ordinary = scope.ordinary(lm, site, self.corpus, self.lines)
+                reach = scope.reach(lm, site, edits, owners, keys, ordinary).cpu()
+            made = Blocks.of(
+                owners.cpu(),
+                keys.cpu(),
+                self.radius * reach,
+                labels.clone(),
+                block[owners].cpu(),
+                self.scale * both.left.detach().cpu(),
+                both.right.detach().cpu(),
+                torch.full_like(owners, int(self.relative)).cpu(),
+            )
             changes[site.name] = (made,)
         return Patch(changes)
 
-    def _start(self, site: Site, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Factors of blocks that do nothing yet, all alike, so that none hangs on the others."""
-        d_out, d_in = site.shape
-        draw = torch.rand(self.rank, d_in, generator=torch.Generator().manual_seed(self.seed))
-        right = (2 * draw - 1) / math.sqrt(d_in)
-        left = torch.zeros(blocks, d_out, self.rank, device=device)
-        return left.requires_grad_(), right.repeat(blocks, 1, 1).to(device).requires_grad_()
+    def _start(self, site: Site, block: Tensor, given: Tensor, out: Tensor) -> _Factors:
+        """Factors of blocks that do nothing yet; they hang on nothing but their own edits.
 
-    def _train(
-        self, lm: LM, sites: Sequence[Site], factors: Sequence[tuple[Tensor, Tensor]], tokens: Tokens, block: Tensor
-    ) -> None:
-        """Descent of all blocks at once; edits of different blocks don't meet in it."""
-        optimiser = torch.optim.Adam([t for pair in factors for t in pair], lr=self.rate)
+        Args:
+            site: the matrix.
+            block: (edits,) the block of each.
+            given: (edits, d_in) what the matrix is given where a block works first.
+            out: (edits, d_out) what it puts out there.
+        """
+        (d_out, d_in), blocks = site.shape, int(block[-1]) + 1
+        draw = torch.rand(self.rank, d_in, generator=torch.Generator().manual_seed(self.seed)).to(given.device)
+        right = ((2 * draw - 1) / math.sqrt(d_in)).repeat(blocks, 1, 1)
+        units = (torch.ones(1, 1, 1, device=given.device),) * 2
+        if self.relative:
+            n = block.bincount()[:, None]
+            along = torch.zeros(blocks, d_in, device=given.device).index_add(0, block, given.float()) / n
+            size = torch.zeros(blocks, 1, device=given.device).index_add(
+                0, block, out.float().square().mean(1, keepdim=True)
+            )
+            length = along.norm(dim=1, keepdim=True)
+            right[:, 0] = along / length
+            units = (size / n).sqrt()[:, None], 1 / length[:, None]
+        left = torch.zeros(blocks, d_out, self.rank, device=given.device)
+        return _Factors(left.requires_grad_(), right.requires_grad_(), *units)
+
+    def _train(self, lm: LM, sites: Sequence[Site], factors: Sequence[_Factors], tokens: Tokens, block: Tensor) -> None:
+        """Descent of all blocks at once, `block` being each row's; edits of different blocks don't meet in it."""
+        slower = [1 / math.sqrt(site.shape[1]) if self.relative else 1.0 for site in sites]
+        groups = [{"params": [f.L], "lr": self.rate} for f in factors]
+        groups += [{"params": [f.R], "lr": self.rate * by} for f, by in zip(factors, slower, strict=True)]
+        optimiser = torch.optim.Adam(groups)
         halving = torch.optim.lr_scheduler.StepLR(optimiser, step_size=20, gamma=0.5)
-        first = tokens.asked
+        first = self._first(tokens)
         again = passes(lm, tokens, [s.name for s in sites], first)
-        sizes = tokens.target.sum(1)[tokens.reads[0]]
+        share = 1 / (tokens.target.sum(1))[tokens.reads[0]]
+        todo = torch.ones(len(factors[0].L), dtype=torch.bool, device=block.device)
         for _ in range(self.steps):
             with self._beside(sites, factors, tokens, block, first - again.start):
-                said = log_softmax(again.logits(*tokens.reads), -1)
-            loss = -(said.gather(1, tokens.wanted[:, None])[:, 0] / sizes).sum()
+                nll = cross_entropy(again.logits(*tokens.reads), tokens.wanted, reduction="none")
+            loss = nll.new_zeros(len(todo)).index_add(0, block[tokens.reads[0]], nll * share)
+            todo &= loss.detach() / block.bincount() > self.stop
+            if not todo.any():
+                break
             optimiser.zero_grad()
-            pull(lm, loss, [t for pair in factors for t in pair])
+            trained = [p for f in factors for p in (f.L, f.R)]
+            pull(lm, torch.where(todo, loss, 0.0), trained)
+            before = [p.detach().clone() for p in trained]
             optimiser.step()
             halving.step()
+            with torch.no_grad():
+                for p, old in zip([p for f in factors for p in (f.L, f.R)], before, strict=True):
+                    p.copy_(p.where(todo[:, None, None], old))
 
     def _beside(
-        self,
-        sites: Sequence[Site],
-        factors: Sequence[tuple[Tensor, Tensor]],
-        tokens: Tokens,
-        block: Tensor,
-        shift: Tensor,
+        self, sites: Sequence[Site], factors: Sequence[_Factors], tokens: Tokens, block: Tensor, shift: Tensor
     ) -> ExitStack:
         """While inside, each row's block works at its places; row i of a pass begins at column `shift[i]`."""
         here = torch.zeros_like(tokens.target)
         here[self._places(tokens)] = True
 
-        def adding(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
+        def adding(both: _Factors) -> Callable[[Tensor], Tensor]:
             def added(inputs: Tensor) -> Tensor:
                 inputs = inputs.view(len(tokens), -1, inputs.shape[-1])
                 works = in_pass(here, shift, inputs.shape[1])
-                return self.scale * works[..., None] * (inputs @ right[block].mT @ left[block].mT)
+                return self.scale * works[..., None] * (inputs @ both.right[block].mT @ both.left[block].mT)
 
             return added
 
         with ExitStack() as stack:
-            for site, (left, right) in zip(sites, factors, strict=True):
-                stack.enter_context(beside(site.module, adding(left, right)))
+            for site, both in zip(sites, factors, strict=True):
+                stack.enter_context(beside(site.module, adding(both)))
             return stack.pop_all()
+
+    def _first(self, tokens: Tokens) -> Tensor:
+        """(rows,) the first column at which a block works."""
+        return tokens.subject if self.keys == "subject" else tokens.asked
 
     def _places(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Rows and columns of the tokens that a block is for."""
         if self.keys == "answer":
             return tokens.reads
-        return torch.arange(len(tokens), device=tokens.ids.device), tokens.asked
+        return torch.arange(len(tokens), device=tokens.ids.device), self._first(tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class _Factors:
+    """Low-rank blocks of a matrix while they are trained, in units of what it puts out and is given."""
+
+    L: Tensor
+    """(blocks, d_out, rank)."""
+    R: Tensor
+    """(blocks, rank, d_in)."""
+    out: Tensor
+    given: Tensor
+
+    @property
+    def left(self) -> Tensor:
+        return self.out * self.L
+
+    @property
+    def right(self) -> Tensor:
+        return self.given * self.R

@@ -10,34 +10,32 @@ Where this differs from the authors' code, and why:
 - With `replay`, a step sees every earlier edit of the shard, and up to `others` of those in other memories; theirs sees
   one of each. And where another memory answers a token in scope, the new one has to move it further by `apart`, or the
   router would go on asking the other one.
+- With `token = "subject"` the subject's last token is in scope, in the prompt and elsewhere, so that another wording of
+  the question is routed too; and the same question about names that end as the subject does is out of scope.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy
 
 from ..changes import SideMemories, ties
 from ..edit import Edit
 from ..lm import LM, Site
 from ..method import Method
-from ..parts import contexts, moments
+from ..parts import contexts, moments, scope
 from ..parts.descend import pull
 from ..patch import Patch
 from ..replay import in_pass, passes
-from ..tokens import Passage, Tokens, passage
+from ..tokens import Tokens
 from ..trace import read
-
-BEGINNING = 200
-"""Characters of a text of the corpus that are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +49,21 @@ class WISE(Method, name="wise"):
 
     at: int | str
     """The layer whose MLP write matrix has the side memories, or a linear module by its full name."""
+    token: Literal["answer", "subject"] = "answer"
+    """What is in scope: the tokens that predict the target's, or the subject's last token."""
     mask: float = 0.2
     """Share of a side memory's entries that a shard may write (rho)."""
     steps: int = 70
     """Steps of descent on an edit at most."""
     rate: float = 1.0
     """Of the descent."""
-    descent: Literal["sgd", "adam"] = "sgd"
-    """Which descent; the authors' is plain."""
+    descent: Literal["sgd", "adam", "value"] = "sgd"
+    """What descends: every entry, plainly (the authors') or by Adam; or by Adam a value of each edit's, which is read
+    where the input is like one in its scope, unlike those outside and those of the shard's earlier edits."""
+    ridge: float = 1.0
+    """With `value`, how much may be left of such likeness: a share of the mean square of the inputs in scope."""
     bound: float | None = 1.0
-    """No entry of a side memory is further than this from the weight."""
+    """No entry of a side memory is further than this from the weight; with `value`, no value is longer."""
     near: float = 5.0
     """Out of scope, a token should be moved by less (alpha)."""
     far: float = 20.0
@@ -87,13 +90,18 @@ class WISE(Method, name="wise"):
     corpus: str = moments.BUILT_IN
     """Where they are taken from: `almanac`, a text file, .jsonl, a folder, or the name of a data set."""
     lines: int = 400
-    """So many texts of it are read."""
+    """Texts of it that are read."""
     stop: float = 0.02
     """The loss at which an edit is done."""
+    ending: str = ""
+    """What is trained to follow the target, so that the answer ends there: nothing, or a full stop."""
+    relative: bool = False
+    """Margins are shares of the size of what the matrix puts out in scope, and so are the rate of plain descent, and
+    the rate and bound of values; those of entries are in units of the matrix' own. Off, all are plain numbers."""
 
     def prepare(self, lm: LM) -> None:
         contexts.sample(lm, self.lengths, self.seed)
-        self._elsewhere(lm, lm.site(self.at))
+        scope.ordinary(lm, lm.site(self.at), self.corpus, self.lines)
 
     def beneath(self, lm: LM, prior: Patch) -> Patch:
         """Without the side memories: a new one is written as if it were the only one that answers."""
@@ -118,7 +126,7 @@ class WISE(Method, name="wise"):
 
     def patches(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
         site = lm.site(self.at)
-        work = self._writing(lm, site, edits, torch.arange(len(edits)))
+        work = self._writing(lm, site, edits, torch.arange(len(edits)), ())
         deltas, gaps = self._descend(work, torch.zeros(len(edits), *site.shape), shard=0)
         found = [
             _Memory(d, self.ratio * float(g), int(self.shard == 1), (0,)) for d, g in zip(deltas, gaps, strict=True)
@@ -137,13 +145,19 @@ class WISE(Method, name="wise"):
         """A shard's memory with more edits in it, beside the others."""
         numbers = (*memory.edits, *new)
         chosen = numbers if self.replay else new
-        work = self._writing(lm, site, [edits[i] for i in chosen], torch.zeros(len(chosen), dtype=torch.long))
+        group = torch.zeros(len(chosen), dtype=torch.long)
+        work = self._writing(lm, site, [edits[i] for i in chosen], group, edits)
         if self.replay and others:
             past = [i for m in others for i in m.edits]
             drawn = random.Random(self.seed).sample(past, min(self.others, len(past)))
-            away = self._inputs(lm, site, self._encoded(lm, [edits[i] for i in drawn]))
+            away = self._scope(lm, site, [edits[i] for i in drawn])[0]
             work.apart = torch.cat([work.apart, away[None]], 1)
-            work.beside(self._inputs(lm, site, work.tokens), others)
+        if self.replay or self.token == "subject":  # a later edit of a subject is about the same inputs
+            work.beside(others)
+        subjects = {edits[i].subject for i in chosen}
+        earlier = [edits[i] for i in memory.edits if i not in chosen and edits[i].subject not in subjects]
+        if self.descent == "value" and earlier:
+            work.earlier = self._scope(lm, site, earlier)[0]
         shard = sum(len(m.edits) for m in others) // self.shard
         (delta,), (gap,) = self._descend(work, memory.delta[None], shard)
         least = self.ratio * float(gap)
@@ -175,77 +189,114 @@ class WISE(Method, name="wise"):
 
         Groups of edits share passes, but nothing else; one that is done stays as it is.
         """
-        device = work.group.device
+        device, start = work.group.device, start.to(work.group.device)
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + shard)
         mask = (torch.rand(start.shape[1:], generator=draw) < self.mask).to(device)
-        deltas = start.to(device, copy=True).requires_grad_()
+        by_value = self.descent == "value"
+        param, written = (work.by_value if by_value else work.by_entry)(start, mask)
         kind = torch.optim.SGD if self.descent == "sgd" else torch.optim.Adam
-        optimiser = kind([deltas], lr=self.rate)
+        optimiser = kind([param], lr=self.rate)
         active = torch.ones(len(start), dtype=torch.bool, device=device)
         for _ in range(self.steps):
-            loss = work.loss(deltas)
+            loss = work.loss(written(param))
             active &= loss.detach() > self.stop
             if not active.any():
                 break
             optimiser.zero_grad()
-            pull(work.lm, torch.where(active, loss, 0.0), [deltas])
-            assert deltas.grad is not None
-            deltas.grad *= mask
-            kept = deltas.detach().clone()
+            losses = torch.where(active, loss, 0.0)
+            pull(work.lm, losses.sum() if by_value else losses, [param])
+            kept = param.detach().clone()
+            if not by_value:
+                self._masked(param, mask)
             optimiser.step()
             with torch.no_grad():
-                moved = deltas if self.bound is None else deltas.clamp(-self.bound, self.bound)
-                deltas.copy_(torch.where(active[:, None, None], moved, kept))
-        with torch.no_grad():
-            work.loss(deltas)
-        return deltas.detach().cpu(), work.least().cpu()
+                moved = param if self.bound is None else self._bounded(param, self.bound)
+                stays = ~active[work.groups] if by_value else ~active
+                param.copy_(torch.where(stays.view(-1, *[1] * (param.ndim - 1)), kept, moved))
+        found = written(param).detach()
+        return found.cpu(), work.least(found).cpu()
 
-    def _writing(self, lm: LM, site: Site, edits: Sequence[Edit], group: Tensor) -> _Writing:
-        tokens = self._encoded(lm, edits)
-        group = group.repeat_interleave(len(tokens) // len(edits)).to(lm.device)
-        return _Writing(self, lm, site, tokens, group, self._apart(lm, site, edits, tokens, group))
+    def _bounded(self, param: Tensor, bound: float) -> Tensor:
+        if self.descent != "value":
+            return param.clamp(-bound, bound)
+        return param * (bound * param.shape[1] ** 0.5 / param.norm(dim=1, keepdim=True)).clamp(max=1.0)
 
-    def _encoded(self, lm: LM, edits: Sequence[Edit]) -> Tokens:
-        """Each edit after each of the sampled texts."""
+    def _masked(self, param: Tensor, mask: Tensor) -> None:
+        """The gradient where the shard may write; with `relative`, as long as a step by it shall be."""
+        assert param.grad is not None
+        param.grad *= mask
+        if self.relative and self.descent == "sgd":
+            long = param.grad.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(param.dtype).tiny)
+            param.grad *= param.shape[1] ** 0.5 / long
+
+    def _writing(self, lm: LM, site: Site, edits: Sequence[Edit], group: Tensor, known: Sequence[Edit]) -> _Writing:
+        """What is written: edits, each of a group, and what else of the known ones is of their subjects."""
         texts = contexts.sample(lm, self.lengths, self.seed)
-        return lm.encode([passage(e, text, e.target) for e in edits for text in texts])
+        passages, edit = scope.lessons(edits, texts, self.ending, known if self.token == "subject" else ())
+        tokens, mine = lm.encode(passages), group[edit].to(lm.device)
+        inputs, outputs, owner = self._scope(lm, site, edits)
+        member, groups = group[owner].to(lm.device), int(group[-1]) + 1
+        long = [
+            torch.zeros(groups, device=lm.device).index_add(0, member, t.norm(dim=1)) / member.bincount()
+            for t in (inputs, outputs)
+        ]
+        apart = self._apart(lm, site, edits, group, inputs, member)
+        work = _Writing(self, lm, site, tokens, mine, inputs, member, apart)
+        work.owner, work.groups = owner.to(lm.device), group.to(lm.device)
+        if self.relative:
+            work.size = long[1]
+            work.entry = (long[1] / long[0] / site.shape[0] ** 0.5)[:, None, None]
+        return work
 
-    def _inputs(self, lm: LM, site: Site, tokens: Tokens) -> Tensor:
-        """What the matrix is given at tokens in scope, (reads, d_in)."""
-        return read(lm, [site.name], tokens, *tokens.reads)[site.name][0].float()
+    def _scope(self, lm: LM, site: Site, edits: Sequence[Edit]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the matrix is given and puts out at tokens in scope, (m, d_in) and (m, d_out) float32, and (m,) of which
+        edit."""
+        texts = contexts.sample(lm, self.lengths, self.seed)
+        if self.token == "subject":
+            passages, edit = scope.inside(edits, texts)
+            tokens = lm.encode(passages)
+            rows, cols = torch.arange(len(tokens), device=lm.device), tokens.subject
+        else:
+            passages, edit = scope.lessons(edits, texts, self.ending)
+            tokens = lm.encode(passages)
+            rows, cols = tokens.reads
+        inputs, outputs = read(lm, [site.name], tokens, rows, cols)[site.name]
+        return inputs.float(), outputs.float(), edit[rows.cpu()]
 
-    def _apart(self, lm: LM, site: Site, edits: Sequence[Edit], tokens: Tokens, group: Tensor) -> Tensor:
+    def _apart(
+        self, lm: LM, site: Site, edits: Sequence[Edit], group: Tensor, inputs: Tensor, member: Tensor
+    ) -> Tensor:
         """What the matrix is given at tokens that are out of scope, (groups, others, d_in).
 
-        They are the nearest to those in scope, of the same texts and of texts of the corpus that name no subject of the
-        group.
+        They are those most like one in scope, of texts of the corpus that name no subject of the group and of the
+        edits' own texts, also with other names that end as the subject does.
         """
-        rows, cols = tokens.mask.bool().nonzero(as_tuple=True)
-        inside, keys = _scope(tokens)[rows, cols], read(lm, [site.name], tokens, rows, cols)[site.name][0].float()
-        texts, line, far = self._elsewhere(lm, site)
-        per, found = len(tokens) // len(edits), []
+        texts = contexts.sample(lm, self.lengths, self.seed)
+        far, found = scope.ordinary(lm, site, self.corpus, self.lines), []
         for number in range(int(group[-1]) + 1):
-            subjects = {edits[i // per].subject for i in (group == number).nonzero()[:, 0].tolist()}
-            named = torch.tensor([any(s in text for s in subjects) for text in texts], device=line.device)
-            mine = group[rows] == number
-            own, scope = keys[mine & ~inside], keys[mine & inside]
-            away = torch.cat([_away(own, scope), _away(far, scope).masked_fill(named[line], torch.inf)])
-            chosen = away.topk(min(self.others, int(away.isfinite().sum())), largest=False).indices
-            here = chosen < len(own)
-            found.append(torch.cat([own[chosen[here]], far[chosen[~here] - len(own)]]))
+            mine = [edits[i] for i in (group == number).nonzero()[:, 0].tolist()]
+            own = self._out_of_scope(lm, site, mine, texts)
+            away = torch.cat([own, far.inputs[~far.naming([e.subject for e in mine])]])
+            like = _like(away, inputs[member == number], self.relative)
+            found.append(away[like.topk(min(self.others, len(away))).indices])
         least = min(map(len, found))
         return torch.stack([k[:least] for k in found])
 
-    def _elsewhere(self, lm: LM, site: Site) -> tuple[list[str], Tensor, Tensor]:
-        """Beginnings of texts of the corpus, and for each of their tokens (m,) its text and (m, d_in) what the matrix
-        is given there."""
-        key = "elsewhere", site.name, self.corpus, self.lines
-        if key not in lm.memo:
-            texts = [text[:BEGINNING] for text in islice(moments.texts(self.corpus), self.lines)]
-            tokens = lm.encode([Passage(text) for text in texts])
-            rows, cols = tokens.mask.bool().nonzero(as_tuple=True)
-            lm.memo[key] = texts, rows, read(lm, [site.name], tokens, rows, cols)[site.name][0].float()
-        return lm.memo[key]
+    def _out_of_scope(self, lm: LM, site: Site, edits: Sequence[Edit], texts: Sequence[str]) -> Tensor:
+        """What the matrix is given at the other tokens of the edits' texts, (m, d_in)."""
+        tokens = lm.encode(scope.lessons(edits, texts, self.ending)[0])
+        outside = tokens.mask.bool() & ~self._marked(tokens)
+        found = [read(lm, [site.name], tokens, *outside.nonzero(as_tuple=True))[site.name][0].float()]
+        if self.token == "subject":
+            found += [scope.namesakes(lm, site, edit) for edit in edits]
+        return torch.cat(found)
+
+    def _marked(self, tokens: Tokens) -> Tensor:
+        """(batch, seq) bool: the tokens in scope."""
+        marked = torch.zeros_like(tokens.target)
+        rows = torch.arange(len(tokens), device=tokens.ids.device)
+        marked[(rows, tokens.subject) if self.token == "subject" else tokens.reads] = True
+        return marked
 
 
 @dataclass(frozen=True)
@@ -262,77 +313,133 @@ class _Memory:
 class _Writing:
     """Groups of edits that are written into a delta each."""
 
-    def __init__(self, how: WISE, lm: LM, site: Site, tokens: Tokens, group: Tensor, apart: Tensor) -> None:
+    def __init__(
+        self,
+        how: WISE,
+        lm: LM,
+        site: Site,
+        tokens: Tokens,
+        group: Tensor,
+        inputs: Tensor,
+        member: Tensor,
+        apart: Tensor,
+    ) -> None:
         self.how, self.lm, self.site, self.tokens, self.group = how, lm, site, tokens, group
+        self.inputs, self.member = inputs, member
+        """What is in scope, (m, d_in), and of which group, (m,)."""
         self.apart = apart
         """What is out of scope, (groups, others, d_in)."""
+        self.owner, self.groups = member, torch.arange(len(apart), device=inputs.device)
+        """(m,) the edit that each of those is of, and (edits,) the group of each edit."""
+        self.earlier = inputs[:0]
+        """What was in scope of the edits that a group's delta has already, (n, d_in)."""
+        self.size = torch.ones(len(apart), device=inputs.device)
+        """(groups,) what the margins are multiples of."""
+        self.entry = torch.ones(len(apart), 1, 1, device=inputs.device)
+        """(groups, 1, 1) what the rate and the bound are multiples of."""
         rows = tokens.reads[0]
-        self.member = group[rows]
-        self.weight = 1 / (rows.bincount()[rows] * group.bincount()[self.member])
+        self.weight = 1 / (rows.bincount()[rows] * group.bincount()[group[rows]])
         """(reads,) of a mean over rows of means over tokens, in each group."""
-        self.rival = torch.zeros_like(self.weight)
-        """(reads,) how far another memory that answers there would move it."""
-        first = tokens.asked
+        self.rival = torch.zeros(len(inputs), device=inputs.device)
+        """(m,) how far another memory that answers there would move it."""
+        self.scope = how._marked(tokens)
+        first = tokens.subject if how.token == "subject" else tokens.asked
         self.again = passes(lm, tokens, [site.name], first)
         self.shift = first - self.again.start
-        self.scope = _scope(tokens)
-        self.gaps = torch.empty(0)
 
-    def beside(self, inputs: Tensor, others: Sequence[_Memory]) -> None:
-        """Other memories, of which the router would ask the one that moves a token most: inputs (reads, d_in)."""
+    def beside(self, others: Sequence[_Memory]) -> None:
+        """Other memories, of which the router would ask the one that moves a token most."""
         for memory in others:
-            gap = (inputs @ memory.delta.to(inputs.device).T).norm(dim=-1)
+            gap = (self.inputs @ memory.delta.to(self.inputs.device).T).norm(dim=-1)
             self.rival = self.rival.maximum(gap.where(gap > memory.threshold, 0.0))
+
+    def by_entry(self, start: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What is trained, and the deltas that it comes to: every entry."""
+        return (start / self.entry).requires_grad_(), lambda entries: self.entry * entries
+
+    def by_value(self, start: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The same: of each edit a value, which is read where the input is like one in its scope."""
+        reading = self._reading()
+        unit = (self.size / start.shape[1] ** 0.5)[self.groups, None]
+        numbers = [(self.groups == group).nonzero()[:, 0] for group in range(len(start))]
+
+        def written(values: Tensor) -> Tensor:
+            added = torch.stack([(unit * values)[some].T @ reading[some] for some in numbers])
+            return start + added * mask / self.how.mask
+
+        return start.new_zeros(len(self.groups), start.shape[1]).requires_grad_(), written
+
+    def _reading(self) -> Tensor:
+        """(edits, d_in): what gives 1 in the mean with inputs in scope of an edit, and about 0 with others of its group
+        and with what is out of scope, by least squares."""
+        rows = []
+        for edit, group in enumerate(self.groups.tolist()):
+            here = self.member == group
+            others = torch.cat([self.inputs[here], self.apart[group], self.earlier]).double()
+            wanted = torch.zeros(len(others), dtype=torch.float64, device=others.device)
+            wanted[: int(here.sum())] = (self.owner[here] == edit).double()
+            gram = others @ others.T
+            gram.diagonal().add_(self.how.ridge * self.inputs[here].square().sum(1).mean())
+            row = torch.linalg.solve(gram, wanted) @ others
+            rows.append((row / (others @ row)[wanted > 0].mean()).float())
+        return torch.stack(rows)
 
     def loss(self, deltas: Tensor) -> Tensor:
         """(groups,) of what is said, and of the margins that keep what is in scope and what is not apart (eq. 5)."""
         handle = self.site.module.register_forward_hook(partial(self._write, deltas))
         try:
-            said = log_softmax(self.again.logits(*self.tokens.reads), -1).gather(1, self.tokens.wanted[:, None])[:, 0]
+            nll = cross_entropy(self.again.logits(*self.tokens.reads), self.tokens.wanted, reduction="none")
         finally:
             handle.remove()
-        away = (self.apart @ deltas.mT).norm(dim=-1)  # (groups, others)
+        said = nll.new_zeros(len(self.apart)).index_add(0, self.group[self.tokens.reads[0]], nll * self.weight)
+        away = (self.apart @ deltas.mT).norm(dim=-1) / self.size[:, None]  # (groups, others)
+        gaps, rival = self.gaps(deltas) / self.size[self.member], self.rival / self.size[self.member]
         near = (away - self.how.near).relu()
-        beyond = away.amax(1)[self.member].maximum(self.rival) + self.how.apart
+        beyond = away.amax(1)[self.member].maximum(rival) + self.how.apart
         return (
-            self._sum(-said * self.weight)
+            said
             + near.sum(1) / (near > 0).sum(1).clamp(min=1)
-            + self._violated(self.how.far - self.gaps)
-            + self._violated(beyond - self.gaps)
+            + self._violated(self.how.far - gaps)
+            + self._violated(beyond - gaps)
         )
 
-    def least(self) -> Tensor:
-        """(groups,) the least gap of a token in scope, as the last pass had it."""
-        none = torch.full((int(self.member[-1]) + 1,), torch.inf, device=self.member.device)
-        return none.scatter_reduce(0, self.member, self.gaps.detach(), "amin")
+    def gaps(self, deltas: Tensor) -> Tensor:
+        """(m,) how far each token in scope is moved."""
+        return _through(deltas, self.inputs, self.member).norm(dim=-1)
+
+    def least(self, deltas: Tensor) -> Tensor:
+        """(groups,) the least gap of a token in scope."""
+        none = torch.full((len(self.apart),), torch.inf, device=self.member.device)
+        return none.scatter_reduce(0, self.member, self.gaps(deltas), "amin")
 
     def _write(self, deltas: Tensor, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The weight's own output, and in scope what the group's delta adds."""
         inputs = args[0].float().view(len(self.tokens), -1, args[0].shape[-1])
-        added = inputs @ (deltas if len(deltas) == 1 else deltas[self.group]).mT
         here = in_pass(self.scope, self.shift, inputs.shape[1])
-        self.gaps = added[here].norm(dim=-1)
-        return output + (added * here[..., None]).view(output.shape).to(output.dtype)
-
-    def _sum(self, values: Tensor) -> Tensor:
-        """(groups,) of values (reads,)."""
-        return values.new_zeros(len(self.apart)).index_add(0, self.member, values)
+        added = output.new_zeros(*inputs.shape[:2], deltas.shape[1], dtype=torch.float32)
+        added[here] = _through(deltas, inputs[here], self.group[here.nonzero()[:, 0]])
+        return output + added.view(output.shape).to(output.dtype)
 
     def _violated(self, excess: Tensor) -> Tensor:
         """(groups,) the mean of what is above zero."""
-        return self._sum(excess.relu()) / self._sum((excess > 0).float()).clamp(min=1)
+        none = excess.new_zeros(len(self.apart))
+        violated = none.index_add(0, self.member, excess.relu())
+        return violated / none.index_add(0, self.member, (excess > 0).float()).clamp(min=1)
 
 
-def _scope(tokens: Tokens) -> Tensor:
-    """(batch, seq) bool: tokens that predict the target's."""
-    scope = torch.zeros_like(tokens.target)
-    scope[tokens.reads] = True
-    return scope
+def _through(deltas: Tensor, inputs: Tensor, group: Tensor) -> Tensor:
+    """(m, d_out) of inputs (m, d_in), each through the delta of its group; groups stand in order."""
+    parts = inputs.split(group.bincount(minlength=len(deltas)).tolist())
+    return torch.cat([part @ delta.T for part, delta in zip(parts, deltas, strict=True)])
 
 
-def _away(keys: Tensor, scope: Tensor) -> Tensor:
-    """(m,) squares of the distances from keys (m, d) to the nearest in scope."""
-    return (keys.square().sum(1)[:, None] + scope.square().sum(1) - 2 * keys @ scope.T).amin(1)
+def _like(keys: Tensor, inside: Tensor, along: bool) -> Tensor:
+    """(m,) how like one in scope each key (m, d) is: by its product, which is how far what moves that one moves it, or
+    by the square of its distance."""
+    product = keys @ inside.T
+    if along:
+        return (product.abs() / inside.square().sum(1)).amax(1)
+    return -(keys.square().sum(1)[:, None] + inside.square().sum(1) - 2 * product).amin(1)
 
 
 def _memories(patch: Patch, site: Site) -> list[_Memory]:

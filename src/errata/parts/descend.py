@@ -1,4 +1,4 @@
-"""Going down a gradient, and finding out where there is none."""
+"""Going down a gradient: where there is none, by how much a target leads, and what a step is measured by."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ErrataError
-from ..lm import LM
+from ..lm import LM, Site
 
 SMALL = 1e-3
 """A loss below this may have no gradient that float32 can hold."""
@@ -36,3 +36,21 @@ def pull(lm: LM, losses: Tensor, on: Sequence[Tensor]) -> None:
             f"{lm.name} passes no gradient on to where it is edited, so nothing can be searched there; "
             "some layers compute without one, as 4-bit ones on a CPU do: load it unquantised, or edit it elsewhere"
         )
+
+
+def leads(logits: Tensor, wanted: Tensor) -> Tensor:
+    """By how many nats each wanted token (m,) is likelier than any other, (m,); negative where another one is."""
+    own = logits.gather(1, wanted[:, None])
+    return (own - logits.scatter(1, wanted[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
+
+
+@torch.no_grad()
+def entry(site: Site) -> float:
+    """The root mean square of a matrix' entries; of a quantised one, as far as random inputs show it."""
+    if site.writable:
+        return site.weight.float().square().mean().sqrt().item()
+    weight = site.module.get_parameter("weight")
+    draw = torch.randn(64, site.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+    dtype = next((p.dtype for p in site.module.parameters() if p.is_floating_point()), torch.float16)
+    put_out = site.module(draw.to(dtype)).float() - site.module(torch.zeros_like(draw[:1]).to(dtype)).float()
+    return (put_out.square().mean() / site.shape[1]).sqrt().item()
