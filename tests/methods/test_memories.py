@@ -29,7 +29,16 @@ WISE_SMALL: dict[str, Any] = dict(
 )
 MEASURED: dict[str, Any] = dict(relative=True, radius=0.8, stop=0.05, ending=".", lengths=((3, 1),))
 SHARES: dict[str, Any] = dict(
-    relative=True, ratio=0.8, near=1.0, far=2.0, apart=0.5, stop=0.05, ending=".", lengths=((3, 1),), lines=20
+    relative=True,
+    ratio=0.8,
+    near=1.0,
+    far=2.0,
+    apart=0.5,
+    bound=3.0,
+    stop=0.05,
+    ending=".",
+    lengths=((3, 1),),
+    lines=20,
 )
 METHODS = {
     "grace": GRACE(at=2, radius=0.3, steps=20),
