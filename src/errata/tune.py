@@ -199,10 +199,10 @@ def _candidates(base: Method, lm: LM) -> Iterator[Settings]:
     depth = len(lm.blocks)
     moves = [{f: _moved(getattr(base, f), by, lm) for f in grid["places"]} for by in grid["move"]]
     inside = [m for m in moves if all(_within(v, depth) for v in m.values())]
-    names = list(grid["times"])
+    names = [name for name in grid["times"] if getattr(base, name) is not None]
     strengths = [
         {name: getattr(base, name) * by for name, by in zip(names, factors, strict=True)}
-        for factors in itertools.product(*grid["times"].values())
+        for factors in itertools.product(*(grid["times"][name] for name in names))
     ]
     seen: set[str] = set()
     for change in [{}, *({**place, **strength} for place in inside for strength in strengths)]:

@@ -263,5 +263,5 @@ def test_a_files_numbers_are_plain_on_a_model_that_is_not_listed(alg: str):
         warnings.simplefilter("ignore")
         method = kind(model_name="x").prepared(lm)
     own = {f.name: f.default for f in fields(method) if f.default is not MISSING}
-    assert own.pop("relative") is False
+    assert own.pop("scaled") == method.scaled == ()
     assert {k: v for k, v in own.items() if getattr(method, k) != v} in ({}, {"loss": own.get("loss")})

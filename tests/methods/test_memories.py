@@ -27,9 +27,9 @@ EDITS = tuple(Edit(tiny.PROMPT, s, t) for s, t in [*tiny.CAPITALS.items()][:5])
 WISE_SMALL: dict[str, Any] = dict(
     descent="adam", rate=3e-2, mask=0.5, near=0.2, far=1.0, apart=0.5, lengths=(), others=8, lines=20, steps=25
 )
-MEASURED: dict[str, Any] = dict(relative=True, radius=0.8, stop=0.05, ending=".", lengths=((3, 1),))
+MEASURED: dict[str, Any] = dict(scaled=("rate", "radius"), radius=0.8, stop=0.05, ending=".", lengths=((3, 1),))
 SHARES: dict[str, Any] = dict(
-    relative=True,
+    scaled=("near", "far", "apart"),
     ratio=0.8,
     near=1.0,
     far=2.0,

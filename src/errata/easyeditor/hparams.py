@@ -21,6 +21,7 @@ from ..errors import UsageError
 from ..lm import LM
 from ..loading import load
 from ..method import Method, method
+from ..parts.scaled import Scaled
 from ..typed import hints
 from .keys import Fields, Keys, Unused, fields, flat, meaning, number
 
@@ -130,7 +131,7 @@ class HyperParams:
 
     def _plain(self, lm: LM) -> Fields:
         """For a model that is not listed, the defaults of a method whose preset counts in other units than the file."""
-        if presets.recognised(lm.config) or "relative" not in {f.name for f in dataclasses.fields(self.method)}:
+        if presets.recognised(lm.config) or not issubclass(self.method, Scaled):
             return {}
         own = {f.name: f.default for f in dataclasses.fields(self.method) if f.default is not dataclasses.MISSING}
         return {name: value for name, value in own.items() if name not in self.settings(lm)}

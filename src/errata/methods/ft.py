@@ -20,6 +20,7 @@ from ..errors import over
 from ..lm import LM
 from ..method import Method
 from ..parts import descend
+from ..parts.scaled import Scaled
 from ..patch import Patch
 from ..replay import Passes, passes
 from ..tokens import Tokens, passage
@@ -27,22 +28,24 @@ from ..trace import beside
 
 
 @dataclass(frozen=True, kw_only=True)
-class FT(Method, name="ft"):
+class FT(Scaled, Method, name="ft"):
     """Fine-tuning of MLP write matrices on prompt and target, without a bound."""
 
     paper = "Zhu et al. 2020, Modifying Memories in Transformer Models"
     source = "https://arxiv.org/abs/2012.00363"
+    scalable = ("rate", "bound")
 
     layers: tuple[int, ...]
     """The blocks whose MLP write matrices are trained."""
     steps: int = 25
     """Passes over the edits at most."""
     rate: float = 5e-4
-    """The learning rate."""
+    """The learning rate; if `scaled`, about the share of what a matrix puts out by which a step moves it."""
     descent: Literal["adam", "sgd"] = "adam"
     """Adam, or plain descent, which moves a weight along what the edit's tokens give it alone."""
     bound: float | None = None
-    """No entry of a weight moves further than this (L-infinity)."""
+    """No entry of a weight moves further than this (L-infinity); if `scaled`, what all of them together may move is
+    about this share of what the matrix puts out."""
     loss: Literal["text", "target", "last"] = "text"
     """Trained on: every token of prompt and target; the target's tokens; or the target's tokens all read off at the
     prompt's last token (the code of ROME's authors and EasyEdit's "prompt_last": the same for one-token targets)."""
@@ -52,18 +55,16 @@ class FT(Method, name="ft"):
     """Training ends, too, when every token of every target is by so many nats the likeliest."""
     ending: str = ""
     """What is trained to follow the target, so that the answer ends there: nothing, or a full stop."""
-    relative: bool = False
-    """`rate` and `bound` are shares of what a matrix puts out: by about the rate a step moves it, and by the bound all
-    of them together do at most. Off, both are plain numbers, of entries."""
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         over(0, steps=self.steps, rate=self.rate, **({} if self.bound is None else {"bound": self.bound}))
         sites = [lm.site(layer) for layer in sorted(self.layers)]
         deltas = [torch.zeros(*site.shape, device=lm.device, requires_grad=True) for site in sites]
-        units = [descend.entry(site) / site.shape[1] ** 0.5 if self.relative else 1.0 for site in sites]
+        units = [descend.entry(site) / site.shape[1] ** 0.5 for site in sites] if self.scaled else [1.0] * len(sites)
+        rates = [self.rate * (unit if "rate" in self.scaled else 1.0) for unit in units]
         tokens = lm.encode([passage(e, answer=e.target + self.ending) for e in edits])
         kind = torch.optim.Adam if self.descent == "adam" else torch.optim.SGD
-        optimiser = kind([{"params": [d], "lr": self.rate * unit} for d, unit in zip(deltas, units, strict=True)])
+        optimiser = kind([{"params": [d], "lr": rate} for d, rate in zip(deltas, rates, strict=True)])
         again = passes(lm, tokens, [site.name for site in sites], torch.zeros_like(tokens.last))
         with ExitStack() as stack:
             for site, delta in zip(sites, deltas, strict=True):
@@ -80,14 +81,15 @@ class FT(Method, name="ft"):
         return Patch(changes if any(bool(d.any()) for d in deltas) else {})
 
     def _step(self, optimiser: torch.optim.Optimizer, deltas: Sequence[Tensor], units: Sequence[float]) -> None:
-        if self.descent == "sgd" and self.relative:
+        if self.descent == "sgd" and "rate" in self.scaled:
             for delta in deltas:  # as long as Adam's, whose every entry moves by the rate
                 assert delta.grad is not None
                 delta.grad *= delta.numel() ** 0.5 / delta.grad.norm().clamp(min=torch.finfo(delta.dtype).tiny)
         optimiser.step()
         if self.bound is not None:
             for delta, unit in zip(deltas, units, strict=True):
-                delta.data.clamp_(-self.bound * unit, self.bound * unit)
+                most = self.bound * (unit if "bound" in self.scaled else 1.0)
+                delta.data.clamp_(-most, most)
 
     def _loss(self, again: Passes, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Mean over edits of the mean negative log-probability of the tokens trained on; and the least lead of a

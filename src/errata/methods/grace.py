@@ -17,6 +17,7 @@ from ..lm import LM, Site
 from ..method import Method
 from ..parts import contexts, moments, scope
 from ..parts.descend import pull
+from ..parts.scaled import Scaled
 from ..patch import Patch
 from ..replay import passes
 from ..tokens import Tokens
@@ -24,20 +25,22 @@ from ..trace import read, rewrite
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRACE(Method, name="grace"):
+class GRACE(Scaled, Method, name="grace"):
     """General Retrieval Adaptors for Continual Editing: keys are a layer's inputs, at one token of each edit."""
 
     paper = "Hartvigsen et al. 2023, Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors"
     source = "https://arxiv.org/abs/2211.11031"
+    scalable = ("radius", "rate")
 
     at: int | str
     """The layer whose MLP write matrix has the codebook, or a linear module by its full name."""
     radius: float = 1.0
-    """Euclidean distance from its key within which a new entry answers."""
+    """Euclidean distance from its key within which a new entry answers; if `scaled`, a share of that to the nearest
+    input out of the edit's scope (`parts.scope`), and no other entry changes it."""
     steps: int = 50
     """Adam steps to a value."""
     rate: float = 1.0
-    """Adam's learning rate."""
+    """Adam's learning rate; if `scaled`, a share of the root mean square of what the module puts out."""
     stop: float = 0.0
     """The loss at which a value is done."""
     start: Literal["random", "output"] = "random"
@@ -52,20 +55,17 @@ class GRACE(Method, name="grace"):
     """
     ending: str = ""
     """What is trained to follow the target, so that the answer ends there: nothing, or a full stop."""
-    relative: bool = False
-    """`radius` is a share of the distance to the nearest input that is out of the edit's scope (`parts.scope`), and
-    `rate` one of the size of what the module puts out. Off, both are plain numbers."""
     lengths: tuple[tuple[int, int], ...] = ()
     """Texts before the prompt, which a value is trained after too: (new tokens, count)."""
     corpus: str = moments.BUILT_IN
-    """With `relative`, whose tokens are out of scope: `almanac`, a text file, .jsonl, a folder, or the name of a data
-    set."""
+    """Whose tokens are out of scope, for a scaled radius: `almanac`, a text file, .jsonl, a folder, or the name of a
+    data set."""
     lines: int = 400
     """Texts of the corpus that are read."""
 
     def prepare(self, lm: LM) -> None:
         contexts.sample(lm, self.lengths, self.seed)
-        if self.relative:
+        if "radius" in self.scaled:
             scope.ordinary(lm, lm.site(self.at), self.corpus, self.lines)
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
@@ -86,8 +86,8 @@ class GRACE(Method, name="grace"):
         if self.token == "subject":
             places, owners = scope.inside(edits, texts)
             keys = scope.at_subjects(lm, [site.name], lm.encode(places))[site.name]
-        reach = torch.ones(len(keys))
-        if self.relative:
+        reach, measured = torch.ones(len(keys)), "radius" in self.scaled
+        if measured:
             ordinary = scope.ordinary(lm, site, self.corpus, self.lines)
             reach = scope.reach(lm, site, edits, owners.to(lm.device), keys.float(), ordinary).cpu()
         return Codebook.of(
@@ -97,7 +97,7 @@ class GRACE(Method, name="grace"):
             self.radius * reach,
             tokens.to_say(bare, tokens.asked[bare]).cpu()[owners],
             torch.full_like(owners, int(self.placement == "prompt")),
-            torch.full_like(owners, int(self.relative)),
+            torch.full_like(owners, int(measured)),
         )
 
     def _values(self, lm: LM, site: Site, tokens: Tokens, edit: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class GRACE(Method, name="grace"):
         last = tokens.subject if self.token == "subject" else tokens.asked
         bare = scope.firsts(edit)
         own = read(lm, [site.name], tokens, bare, last[bare])[site.name][1].float()
-        unit = own.square().mean(1, keepdim=True).sqrt() if self.relative else torch.ones_like(own[:, :1])
+        unit = own.square().mean(1, keepdim=True).sqrt() if "rate" in self.scaled else torch.ones_like(own[:, :1])
         draw = torch.rand(site.shape[0], generator=torch.Generator().manual_seed(self.seed)).to(lm.device)
         begin = own if self.start == "output" else unit * draw
         moved = torch.zeros_like(own, requires_grad=True)

@@ -23,6 +23,7 @@ from ..errors import ErrataError, UsageError
 from ..lm import LM, Site
 from ..method import Method
 from ..parts import descend
+from ..parts.scaled import Scaled
 from ..patch import Patch
 from ..tokens import Tokens, passage
 
@@ -30,11 +31,12 @@ ADAPTER = "errata"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method, name="lora"):
+class LoRA(Scaled, Method, name="lora"):
     """An adapter of its own for every edit, trained on the target's tokens. Needs PEFT (`pip install errata[peft]`)."""
 
     paper = "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models"
     source = "https://arxiv.org/abs/2106.09685"
+    scalable = ("rate",)
     batched = False  # one adapter for several edits could not be taken apart again
 
     kind: Literal["lora", "adalora"] = "lora"
@@ -62,7 +64,7 @@ class LoRA(Method, name="lora"):
     steps: int = 70
     """Adam steps at most."""
     rate: float = 5e-3
-    """Adam's learning rate."""
+    """Adam's learning rate; if `scaled`, about the share of what a module puts out by which a step moves it."""
     decay: float = 0.0
     """Adam's weight decay."""
     stop: float = 0.01
@@ -71,8 +73,6 @@ class LoRA(Method, name="lora"):
     """Training ends, too, when every token of the target is by so many nats the likeliest."""
     ending: str = ""
     """What is trained to follow the target, so that the answer ends there: nothing, or a full stop."""
-    relative: bool = False
-    """`rate` is the share by which a step moves what a module puts out, about. Off, it is a plain number."""
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         tokens = lm.encode([passage(e, answer=e.target + self.ending) for e in edits])
@@ -103,7 +103,7 @@ class LoRA(Method, name="lora"):
         By a step of B at rate b, with PEFT's start of A, an entry of the output moves by about
         b alpha |k| / sqrt(3 d_in) for an input k; by W it is about |k| times the root mean square of W's entries.
         """
-        if not self.relative:
+        if "rate" not in self.scaled:
             return [{"params": [p for p in tuner.parameters() if p.requires_grad]}]
         groups = []
         for name, layer in layers.items():

@@ -27,6 +27,7 @@ from ..lm import LM, Site
 from ..method import Method
 from ..parts import contexts, moments, scope
 from ..parts.descend import pull
+from ..parts.scaled import Scaled
 from ..patch import Patch
 from ..replay import in_pass, passes
 from ..tokens import Tokens
@@ -34,11 +35,12 @@ from ..trace import beside, read
 
 
 @dataclass(frozen=True, kw_only=True)
-class MELO(Method, name="melo"):
+class MELO(Scaled, Method, name="melo"):
     """Neuron-indexed dynamic LoRA: a vector database of keys decides which low-rank block a token gets."""
 
     paper = "Yu et al. 2023, MELO: Enhancing Model Editing with Neuron-Indexed Dynamic LoRA"
     source = "https://arxiv.org/abs/2312.11795"
+    scalable = ("radius", "rate")
 
     at: tuple[int | str, ...]
     """The layers whose MLP write matrices get blocks, or linear modules by their full names; lowest first."""
@@ -49,7 +51,8 @@ class MELO(Method, name="melo"):
     scale: float = 1.0
     """What a block puts out is multiplied by this."""
     radius: float = 0.5
-    """Euclidean distance from its key within which a new cluster answers."""
+    """Euclidean distance from its key within which a new cluster answers; if `scaled`, a share of that to the nearest
+    input out of the edit's scope (`parts.scope`), and no other cluster changes it."""
     keys: Literal["answer", "prompt", "subject"] = "answer"
     """Where a block works, and what is remembered: the tokens that predict the target's, the prompt's last alone, or
     the subject's last, which every wording of the question has. The subject has several keys: in its prompt, and after
@@ -57,26 +60,23 @@ class MELO(Method, name="melo"):
     steps: int = 50
     """Adam steps to a block."""
     rate: float = 1e-3
-    """Adam's learning rate; it is halved every 20 steps."""
+    """Adam's learning rate; it is halved every 20 steps. If `scaled`, a share of the size of what the matrix is given
+    and puts out, and a block begins along what it is given and not at random."""
     stop: float = 0.0
     """The loss at which a block is done."""
     ending: str = ""
     """What is trained to follow the target, so that the answer ends there: nothing, or a full stop."""
-    relative: bool = False
-    """`radius` is a share of the distance to the nearest input that is out of the edit's scope (`parts.scope`), `rate`
-    one of the size of what the matrix is given and puts out, and a block begins along what it is given. Off, both are
-    plain numbers, and a block begins at random."""
     lengths: tuple[tuple[int, int], ...] = ()
     """Texts before the prompt, which a block is trained after too: (new tokens, count)."""
     corpus: str = moments.BUILT_IN
-    """With `relative`, whose tokens are out of scope: `almanac`, a text file, .jsonl, a folder, or the name of a data
-    set."""
+    """Whose tokens are out of scope, for a scaled radius: `almanac`, a text file, .jsonl, a folder, or the name of a
+    data set."""
     lines: int = 400
     """Texts of the corpus that are read."""
 
     def prepare(self, lm: LM) -> None:
         contexts.sample(lm, self.lengths, self.seed)
-        for place in self.at if self.relative else ():
+        for place in self.at if "radius" in self.scaled else ():
             scope.ordinary(lm, lm.site(place), self.corpus, self.lines)
 
     def beneath(self, lm: LM, prior: Patch) -> Patch:
@@ -118,7 +118,7 @@ class MELO(Method, name="melo"):
         for site, both in zip(sites, factors, strict=True):
             keys = seen[site.name][0].float()
             reach = torch.ones(len(keys))
-            if self.relative:
+            if "radius" in self.scaled:
                 ordinary = scope.ordinary(lm, site, self.corpus, self.lines)
                 reach = scope.reach(lm, site, edits, owners, keys, ordinary).cpu()
             made = Blocks.of(
@@ -129,7 +129,7 @@ class MELO(Method, name="melo"):
                 block[owners].cpu(),
                 self.scale * both.left.detach().cpu(),
                 both.right.detach().cpu(),
-                torch.full_like(owners, int(self.relative)).cpu(),
+                torch.full_like(owners, int("radius" in self.scaled)).cpu(),
             )
             changes[site.name] = (made,)
         return Patch(changes)
@@ -147,7 +147,7 @@ class MELO(Method, name="melo"):
         draw = torch.rand(self.rank, d_in, generator=torch.Generator().manual_seed(self.seed)).to(given.device)
         right = ((2 * draw - 1) / math.sqrt(d_in)).repeat(blocks, 1, 1)
         units = (torch.ones(1, 1, 1, device=given.device),) * 2
-        if self.relative:
+        if "rate" in self.scaled:
             n = block.bincount()[:, None]
             along = torch.zeros(blocks, d_in, device=given.device).index_add(0, block, given.float()) / n
             size = torch.zeros(blocks, 1, device=given.device).index_add(
@@ -161,7 +161,7 @@ class MELO(Method, name="melo"):
 
     def _train(self, lm: LM, sites: Sequence[Site], factors: Sequence[_Factors], tokens: Tokens, block: Tensor) -> None:
         """Descent of all blocks at once, `block` being each row's; edits of different blocks don't meet in it."""
-        slower = [1 / math.sqrt(site.shape[1]) if self.relative else 1.0 for site in sites]
+        slower = [1 / math.sqrt(site.shape[1]) if "rate" in self.scaled else 1.0 for site in sites]
         groups = [{"params": [f.L], "lr": self.rate} for f in factors]
         groups += [{"params": [f.R], "lr": self.rate * by} for f, by in zip(factors, slower, strict=True)]
         optimiser = torch.optim.Adam(groups)

@@ -15,6 +15,7 @@ from ..lm import LM, Site
 from ..method import Method
 from ..parts import descend
 from ..parts.hyper import Normaliser
+from ..parts.scaled import Scaled
 from ..parts.solve import ridge
 from ..parts.taps import Which, among, change, places, tap
 from ..patch import Patch
@@ -28,27 +29,25 @@ STEP = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class UltraEdit(Method, name="ultraedit"):
+class UltraEdit(Scaled, Method, name="ultraedit"):
     """dW = V^T K (K^T K + I)^-1 with v = -rate |k'|^2 g'; k' and g' are normalised by all edits so far (eq. 3 to 6)."""
 
     paper = "Gu et al. 2025, UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models"
     source = "https://arxiv.org/abs/2505.14679"
+    scalable = ("rate", "ridge")
 
     at: tuple[int | str, ...]
     """The matrices to change, by name; a layer's number stands for all matrices of its MLP."""
     rate: float = 1e-6
-    """How far the update goes (the paper's eta)."""
+    """How far the update goes (the paper's eta); if `scaled`, a share of what a matrix puts out where it is written to,
+    and every matrix has its own statistics, where matrices of a shape share them in the paper's code."""
     margin: float | None = None
     """Each edit's update goes on from `rate`, in steps of a quarter, until every token of its target is by so many nats
     the likeliest; None: at `rate`, as in the paper."""
     ending: str = ""
     """What follows the target, so that the answer ends there: nothing, or a full stop."""
-    relative: bool = False
-    """`rate` is a share of what a matrix puts out where it is written to, the ridge one of the size of its inputs
-    (`ridge`), and every matrix has its own statistics; off, the rate is a plain number, the ridge is 1, and matrices of
-    a shape share their statistics, as in the paper's code."""
-    ridge: float = 0.01
-    """With `relative`, of the mean square of the inputs' norms."""
+    ridge: float = 1.0
+    """How much the size of the update counts; if `scaled`, in the mean square of the inputs' norms."""
     tokens: Which = "all"
     """What of a text is written to: every token (EasyEdit), where the target is read off, or the subject's end. The
     statistics are always of every token."""
@@ -56,7 +55,7 @@ class UltraEdit(Method, name="ultraedit"):
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         sites, asked = places(lm, self.at), [replace(e, target=e.target + self.ending) for e in edits]
         seen, chosen = tap(lm, sites, asked), among(lm, asked, self.tokens)
-        group = {s.name: s.name if self.relative else "x".join(map(str, s.shape)) for s in sites}
+        group = {s.name: s.name if "rate" in self.scaled else "x".join(map(str, s.shape)) for s in sites}
         normal = {group[s.name]: _kept(prior, group[s.name], s, lm) for s in sites}
         both = {s.name: torch.cat([seen.K[s.name], seen.G[s.name]], 1) for s in sites}
         for site in sites:  # all before the first is used: matrices of a group share one
@@ -66,8 +65,8 @@ class UltraEdit(Method, name="ultraedit"):
             K = seen.K[site.name][chosen]
             k, g = normal[group[site.name]](both[site.name][chosen]).split([site.shape[1], site.shape[0]], 1)
             V = -k.pow(2).sum(1, keepdim=True) * g
-            values[site.name] = self._sized(site, K, V, owner) if self.relative else V
-            weight = self.ridge * float(K.square().sum(1).mean()) if self.relative else 1.0
+            values[site.name] = self._sized(site, K, V, owner) if "rate" in self.scaled else V
+            weight = self.ridge * (float(K.square().sum(1).mean()) if "ridge" in self.scaled else 1.0)
             right = ridge(K, values[site.name], torch.eye(K.shape[1], dtype=torch.float64), weight=weight).right
             solved[site.name] = right.to(lm.device)
 

@@ -32,6 +32,7 @@ from ..lm import LM, Site
 from ..method import Method
 from ..parts import contexts, moments, scope
 from ..parts.descend import pull
+from ..parts.scaled import Scaled
 from ..patch import Patch
 from ..replay import in_pass, passes
 from ..tokens import Tokens
@@ -39,13 +40,14 @@ from ..trace import read
 
 
 @dataclass(frozen=True, kw_only=True)
-class WISE(Method, name="wise"):
+class WISE(Scaled, Method, name="wise"):
     """Side memories with masked gradients, sharded, merged by TIES, and routed by how far they would move a token."""
 
     paper = (
         "Wang et al. 2024, WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models"
     )
     source = "https://arxiv.org/abs/2405.14768"
+    scalable = ("near", "far", "apart")
 
     at: int | str
     """The layer whose MLP write matrix has the side memories, or a linear module by its full name."""
@@ -56,16 +58,18 @@ class WISE(Method, name="wise"):
     steps: int = 70
     """Steps of descent on an edit at most."""
     rate: float = 1.0
-    """Of the descent."""
+    """Of the descent; with `value`, a share of the root mean square of what the matrix puts out in scope."""
     descent: Literal["sgd", "adam", "value"] = "sgd"
     """What descends: every entry, plainly (the authors') or by Adam; or by Adam a value of each edit's, which is read
     where the input is like one in its scope, unlike those outside and those of the shard's earlier edits."""
     ridge: float = 1.0
     """With `value`, how much may be left of such likeness: a share of the mean square of the inputs in scope."""
     bound: float | None = 1.0
-    """No entry of a side memory is further than this from the weight; with `value`, no value is longer."""
+    """No entry of a side memory is further than this from the weight; with `value`, no value is longer
+    than so many times what the matrix puts out in scope."""
     near: float = 5.0
-    """Out of scope, a token should be moved by less (alpha)."""
+    """Out of scope, a token should be moved by less (alpha). If `scaled`, this margin, like the next two, is a share of
+    the size of what the matrix puts out in scope."""
     far: float = 20.0
     """In scope, a token should be moved by more (beta),"""
     apart: float = 10.0
@@ -95,9 +99,6 @@ class WISE(Method, name="wise"):
     """The loss at which an edit is done."""
     ending: str = ""
     """What is trained to follow the target, so that the answer ends there: nothing, or a full stop."""
-    relative: bool = False
-    """Margins are shares of the size of what the matrix puts out in scope, and so are the rate of plain descent, and
-    the rate and bound of values; those of entries are in units of the matrix' own. Off, all are plain numbers."""
 
     def prepare(self, lm: LM) -> None:
         contexts.sample(lm, self.lengths, self.seed)
@@ -207,7 +208,8 @@ class WISE(Method, name="wise"):
             pull(work.lm, losses.sum() if by_value else losses, [param])
             kept = param.detach().clone()
             if not by_value:
-                self._masked(param, mask)
+                assert param.grad is not None
+                param.grad *= mask
             optimiser.step()
             with torch.no_grad():
                 moved = param if self.bound is None else self._bounded(param, self.bound)
@@ -221,31 +223,18 @@ class WISE(Method, name="wise"):
             return param.clamp(-bound, bound)
         return param * (bound * param.shape[1] ** 0.5 / param.norm(dim=1, keepdim=True)).clamp(max=1.0)
 
-    def _masked(self, param: Tensor, mask: Tensor) -> None:
-        """The gradient where the shard may write; with `relative`, as long as a step by it shall be."""
-        assert param.grad is not None
-        param.grad *= mask
-        if self.relative and self.descent == "sgd":
-            long = param.grad.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(param.dtype).tiny)
-            param.grad *= param.shape[1] ** 0.5 / long
-
     def _writing(self, lm: LM, site: Site, edits: Sequence[Edit], group: Tensor, known: Sequence[Edit]) -> _Writing:
         """What is written: edits, each of a group, and what else of the known ones is of their subjects."""
         texts = contexts.sample(lm, self.lengths, self.seed)
         passages, edit = scope.lessons(edits, texts, self.ending, known if self.token == "subject" else ())
         tokens, mine = lm.encode(passages), group[edit].to(lm.device)
         inputs, outputs, owner = self._scope(lm, site, edits)
-        member, groups = group[owner].to(lm.device), int(group[-1]) + 1
-        long = [
-            torch.zeros(groups, device=lm.device).index_add(0, member, t.norm(dim=1)) / member.bincount()
-            for t in (inputs, outputs)
-        ]
+        member = group[owner].to(lm.device)
         apart = self._apart(lm, site, edits, group, inputs, member)
         work = _Writing(self, lm, site, tokens, mine, inputs, member, apart)
         work.owner, work.groups = owner.to(lm.device), group.to(lm.device)
-        if self.relative:
-            work.size = long[1]
-            work.entry = (long[1] / long[0] / site.shape[0] ** 0.5)[:, None, None]
+        sums = torch.zeros(len(apart), device=lm.device).index_add(0, member, outputs.norm(dim=1))
+        work.size = (sums / member.bincount()).clamp(min=torch.finfo(sums.dtype).tiny)
         return work
 
     def _scope(self, lm: LM, site: Site, edits: Sequence[Edit]) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,7 +266,7 @@ class WISE(Method, name="wise"):
             mine = [edits[i] for i in (group == number).nonzero()[:, 0].tolist()]
             own = self._out_of_scope(lm, site, mine, texts)
             away = torch.cat([own, far.inputs[~far.naming([e.subject for e in mine])]])
-            like = _like(away, inputs[member == number], self.relative)
+            like = _like(away, inputs[member == number], self.descent == "value")
             found.append(away[like.topk(min(self.others, len(away))).indices])
         least = min(map(len, found))
         return torch.stack([k[:least] for k in found])
@@ -334,9 +323,7 @@ class _Writing:
         self.earlier = inputs[:0]
         """What was in scope of the edits that a group's delta has already, (n, d_in)."""
         self.size = torch.ones(len(apart), device=inputs.device)
-        """(groups,) what the margins are multiples of."""
-        self.entry = torch.ones(len(apart), 1, 1, device=inputs.device)
-        """(groups, 1, 1) what the rate and the bound are multiples of."""
+        """(groups,) the mean norm of what the matrix puts out in scope."""
         rows = tokens.reads[0]
         self.weight = 1 / (rows.bincount()[rows] * group.bincount()[group[rows]])
         """(reads,) of a mean over rows of means over tokens, in each group."""
@@ -355,7 +342,7 @@ class _Writing:
 
     def by_entry(self, start: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What is trained, and the deltas that it comes to: every entry."""
-        return (start / self.entry).requires_grad_(), lambda entries: self.entry * entries
+        return start.clone().requires_grad_(), lambda entries: entries
 
     def by_value(self, start: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The same: of each edit a value, which is read where the input is like one in its scope."""
@@ -392,16 +379,22 @@ class _Writing:
         finally:
             handle.remove()
         said = nll.new_zeros(len(self.apart)).index_add(0, self.group[self.tokens.reads[0]], nll * self.weight)
-        away = (self.apart @ deltas.mT).norm(dim=-1) / self.size[:, None]  # (groups, others)
-        gaps, rival = self.gaps(deltas) / self.size[self.member], self.rival / self.size[self.member]
-        near = (away - self.how.near).relu()
-        beyond = away.amax(1)[self.member].maximum(rival) + self.how.apart
+        unit = self.size if self.how.scaled else torch.ones_like(self.size)
+        near, far, apart = (self._margin(name) / unit for name in self.how.scalable)
+        away = (self.apart @ deltas.mT).norm(dim=-1) / unit[:, None]  # (groups, others)
+        gaps, rival = self.gaps(deltas) / unit[self.member], self.rival / unit[self.member]
+        beyond = away.amax(1)[self.member].maximum(rival) + apart[self.member]
+        close = (away - near[:, None]).relu()
         return (
             said
-            + near.sum(1) / (near > 0).sum(1).clamp(min=1)
-            + self._violated(self.how.far - gaps)
+            + close.sum(1) / (close > 0).sum(1).clamp(min=1)
+            + self._violated(far[self.member] - gaps)
             + self._violated(beyond - gaps)
         )
+
+    def _margin(self, name: str) -> Tensor:
+        """(groups,) near, far or apart, in the units of what the matrix puts out."""
+        return getattr(self.how, name) * (self.size if name in self.how.scaled else torch.ones_like(self.size))
 
     def gaps(self, deltas: Tensor) -> Tensor:
         """(m,) how far each token in scope is moved."""

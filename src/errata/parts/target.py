@@ -11,19 +11,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from ..edit import Edit
-from ..errors import over, unknown
+from ..errors import over
 from ..lm import LM
 from ..replay import Passes, passes
 from ..tokens import Passage, Tokens, passage
 from ..trace import rewrite
 from .descend import pull
+from .scaled import Scaled
 from .tail import tail
 
 log = logging.getLogger(__name__)
@@ -35,16 +36,15 @@ UNEVEN = 1.3
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetSearch:
+class TargetSearch(Scaled):
     """How v* is found: Adam on an additive delta, from zero."""
 
-    scalable: ClassVar[tuple[str, ...]] = ("rate",)
-    """What may be `scaled`."""
+    scalable = ("rate",)
 
     steps: int = 25
     """Passes at most; the last one only measures."""
     rate: float = 0.5
-    """Adam's learning rate."""
+    """Adam's learning rate; if `scaled`, in |v| / sqrt(d)."""
     kl: float = 0.0625
     """Weight of keeping what the model says after "{subject} is a"."""
     kl_at: Literal["end", "subject"] = "end"
@@ -58,8 +58,6 @@ class TargetSearch:
     margin: float | None = None
     """An edit is also done when every token of its target is likelier, in every context, than any other by this
     difference of log-probabilities (MPES, https://arxiv.org/abs/2502.01636, has 0); none: by the loss alone."""
-    scaled: tuple[str, ...] = ()
-    """Settings in the model's own measure, of those that have one: `rate` in |v| / sqrt(d), others as they say."""
 
     def find(
         self, lm: LM, places: Sequence[str], edits: Sequence[Edit], contexts: Sequence[str], merge: bool = False
@@ -75,9 +73,6 @@ class TargetSearch:
         """
         over(0, rate=self.rate, clamp=self.clamp)
         over(1, steps=self.steps)  # the last one only measures
-        for setting in self.scaled:
-            if setting not in self.scalable:
-                raise unknown("scaled setting", setting, self.scalable)
         number: dict[str | int, int] = {}
         member = torch.tensor([number.setdefault(e.subject if merge else i, len(number)) for i, e in enumerate(edits)])
         rows = [p for e in edits for p in _rows(e, contexts)]
