@@ -110,8 +110,8 @@ def test_a_method_of_another_package_is_found(
 # Presets
 
 
-def test_a_model_that_is_not_listed_gets_the_same_depth_and_a_warning_that_says_so(lm: LM):
-    with pytest.warns(UserWarning, match=r"grace has no published settings for tiny-llama; .* same relative depth"):
+def test_a_model_that_is_not_listed_gets_settings_for_any_and_a_warning_that_says_so(lm: LM):
+    with pytest.warns(UserWarning, match=r"grace .* tiny-llama; it gets those for any model, which put at = 1"):
         assert 0 <= GRACE.preset(lm).at < 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no place is left to be chosen

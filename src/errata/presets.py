@@ -1,8 +1,8 @@
 """Settings that were published for a model (or tuned, for almanac), from `presets.toml`, where each has its source.
 
-A model is recognised by the shape in its config, never by its name or path. A model that is not listed gets the same
-relative depth, and a warning that says so. What `errata tune` found for a model is kept by its fingerprint, and comes
-before both.
+A model is recognised by the shape in its config, never by its name or path. A model that is not listed gets the
+settings for any model, and a warning that says so. What `errata tune` found for a model is kept by its fingerprint, and
+comes before both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def settings(lineage: Sequence[str], lm: LM | str, known: Collection[str] = (), 
     Args:
         lineage: its name, then those of the methods it is derived from; the first that has settings gives them.
         lm: a loaded model, the name of a preset (`gpt2-xl`), `almanac`, or a model's folder or name on the hub.
-        known: fields that the caller sets, which need no place at the same relative depth.
+        known: fields that the caller sets, which need no place.
         tuned: whether what `errata tune` found comes before them.
     """
     name, config = (lm.name, lm.config) if isinstance(lm, LM) else (lm, None)
@@ -134,12 +134,12 @@ def _config(name: str) -> Any:
 
 
 def _places(lineage: Sequence[str]) -> dict[str, Any]:
-    """The fields of a method that name a place, with Llama-2-7B's relative depth."""
+    """The fields of a method that name a place, with its relative depth."""
     return (_first(_tables()["elsewhere"], lineage) or {}).get("depth", {})
 
 
 def _scaled(lineage: Sequence[str], config: Any, known: Collection[str]) -> dict[str, Any]:
-    """The method's settings for a model that has none: those for any model, at Llama-2-7B's relative depth."""
+    """The method's settings for a model that has none: those for any model, at their relative depth."""
     depth = config["num_hidden_layers"] if isinstance(config, dict) else config.num_hidden_layers
     places = {field: _at(relative, depth) for field, relative in _places(lineage).items() if field not in known}
     found = {**(_first(_tables()["elsewhere"], lineage) or {}), **places}
@@ -153,7 +153,7 @@ def _warn(method: str, name: str, places: Mapping[str, Any]) -> None:
         where = " and ".join(f"{field} = {place}" for field, place in places.items())
         warnings.warn(
             f"{method} has no published settings for {name}; "
-            f"it gets those for any model, at the same relative depth as Llama-2-7B, {where}; "
+            f"it gets those for any model, which put {where}; "
             f"`errata tune {name} --method {method}` finds better ones",
             stacklevel=5,
         )

@@ -155,7 +155,6 @@ def passes(lm: LM, batch: Tokens, places: Sequence[str], start: Tensor) -> Passe
         places: modules, the first one in the lowest block.
         start: (batch,) the first column that changes.
     """
-    places = [lm.inside(place) for place in places]
     full = FullPasses(lm, batch, start)
     if block_of(lm, places[0]) is None:
         return full

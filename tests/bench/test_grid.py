@@ -38,7 +38,7 @@ def numbers(report: Report) -> Any:
 
 
 def test_every_cell_is_what_a_run_by_itself_gives(results: Results, gpt2: LM, cases: list[Case]):
-    method = FTM(**FT)
+    method = FTM.preset(gpt2, **FT)
     regimes = {"single": {}, "batch=3": {"batch": 3}, "sequential": {"batch": 3, "keep": True}}
     for report in results.reports[:3]:
         alone = run(method, gpt2, cases[:5], **regimes[report.about["regime"]])

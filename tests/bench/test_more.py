@@ -73,7 +73,7 @@ def test_consistency_is_the_cosine_of_tf_idf():
 def test_what_is_written_is_scored_and_is_no_answer(gpt2: LM, cases: list[Case], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(asking, "AT_LENGTH", 12)
     case = replace(cases[1], openings=("France is a", "The capital of"), references=("Rome is a city .",))
-    plain = run(FTM(**FT), gpt2, [cases[1]])
+    plain = run(FTM.preset(gpt2, **FT), gpt2, [cases[1]])
     found = run_grid(Plan(method={"ft-m": FT}, openings=True), gpt2, [case]).reports[0]
     (row,) = found.rows
     texts = [p["after"]["text"] for p in row["probes"] if p["kind"] == "opening"]
@@ -82,7 +82,7 @@ def test_what_is_written_is_scored_and_is_no_answer(gpt2: LM, cases: list[Case],
     assert 0 <= row["metrics"]["consistency"]["written"] <= 1
     others = {k: v for k, v in row["metrics"].items() if k not in ("fluency", "consistency")}
     assert others == plain.rows[0]["metrics"]
-    with FTM(**FT).edit(gpt2, [case.edit]).applied(gpt2):
+    with FTM.preset(gpt2, **FT).edit(gpt2, [case.edit]).applied(gpt2):
         assert gpt2.generate("France is a", max_new_tokens=12) == texts[0]
 
 

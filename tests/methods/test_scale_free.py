@@ -54,6 +54,17 @@ def unnormed(lm: LM) -> LM:
     return lm
 
 
+def test_a_step_along_the_gradient_is_as_long_as_adams_first():
+    lm = tiny.lm("llama")
+    sizes = []
+    for descent in ("adam", "gradient"):
+        (change,) = errata.FTM(layers=(1,), steps=1, rate=1e-3, descent=descent).edit(lm, [EDIT]).changes.values()
+        sizes.append(float(change[0].delta.norm()))
+    wanted = 1e-3 * lm.site(1).module.weight.numel() ** 0.5
+    assert sizes[0] == pytest.approx(wanted, rel=1e-2)  # Adam adds 1e-8 to every entry's size
+    assert sizes[1] == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize("rescale", [inner, stream])
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_a_default_makes_the_same_edit_in_any_units(name: str, rescale, corpus_file: str):

@@ -54,3 +54,12 @@ def test_what_is_learned_along_is_of_the_same_subject_and_by_another_prompt():
     ]
     assert found[0] == passage(EDIT, answer="Oslo.")
     assert owner.tolist() == [0, 0, 0]
+
+
+def test_a_text_is_read_as_far_as_the_model_reads(tmp_path: Path):
+    """Though every character is a token, and the tokenizer adds some."""
+    lm, corpus = tiny.lm("llama"), tmp_path / "corpus.txt"
+    corpus.write_text("zqxj" * 50)
+    assert lm.context is not None
+    found = scope.ordinary(lm, lm.site(1), str(corpus), 1)
+    assert lm.context - 2 * scope.SPARE < len(found.inputs) <= lm.context

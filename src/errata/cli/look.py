@@ -144,7 +144,7 @@ def _open_questions(lm: LM) -> dict[str, Any]:
 
 def _parts(found: dict[str, Any]) -> list[RenderableType]:
     head = "tied to" if found["head_tied"] else "apart from"
-    preset = f"published for {found['preset']}" if found["preset"] else "none: the same relative depth, with a warning"
+    preset = f"published for {found['preset']}" if found["preset"] else "none: settings for any model, with a warning"
     about = shell.grid(
         ("model", f"{found['name']}, {found['class']}, {found['parameters']:,} parameters in {found['dtype']}"),
         ("fingerprint", found["fingerprint"]),

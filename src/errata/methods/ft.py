@@ -41,8 +41,9 @@ class FT(Scaled, Method, name="ft"):
     """Passes over the edits at most."""
     rate: float = 5e-4
     """The learning rate; if `scaled`, about the share of what a matrix puts out by which a step moves it."""
-    descent: Literal["adam", "sgd"] = "adam"
-    """Adam, or plain descent, which moves a weight along what the edit's tokens give it alone."""
+    descent: Literal["adam", "gradient"] = "adam"
+    """Adam, or the gradient's own direction, which moves a weight along what the edit's tokens give it alone, in steps
+    as long as Adam's."""
     bound: float | None = None
     """No entry of a weight moves further than this (L-infinity); if `scaled`, what all of them together may move is
     about this share of what the matrix puts out."""
@@ -81,7 +82,7 @@ class FT(Scaled, Method, name="ft"):
         return Patch(changes if any(bool(d.any()) for d in deltas) else {})
 
     def _step(self, optimiser: torch.optim.Optimizer, deltas: Sequence[Tensor], units: Sequence[float]) -> None:
-        if self.descent == "sgd" and "rate" in self.scaled:
+        if self.descent == "gradient":
             for delta in deltas:  # as long as Adam's, whose every entry moves by the rate
                 assert delta.grad is not None
                 delta.grad *= delta.numel() ** 0.5 / delta.grad.norm().clamp(min=torch.finfo(delta.dtype).tiny)

@@ -134,7 +134,7 @@ class GRACE(Scaled, Method, name="grace"):
             with rewrite(lm, site.name, len(tokens), write):
                 nll = cross_entropy(again.logits(*tokens.reads), tokens.wanted, reduction="none")
             loss = nll.new_zeros(len(own)).index_add(0, edit[tokens.reads[0]], nll * share)
-            todo &= loss.detach() > self.stop
+            todo &= ~(loss.detach() <= self.stop)  # one that is no number is none either
             if not todo.any():
                 break
             optimiser.zero_grad()

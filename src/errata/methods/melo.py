@@ -174,7 +174,7 @@ class MELO(Scaled, Method, name="melo"):
             with self._beside(sites, factors, tokens, block, first - again.start):
                 nll = cross_entropy(again.logits(*tokens.reads), tokens.wanted, reduction="none")
             loss = nll.new_zeros(len(todo)).index_add(0, block[tokens.reads[0]], nll * share)
-            todo &= loss.detach() / block.bincount() > self.stop
+            todo &= ~(loss.detach() / block.bincount() <= self.stop)  # one that is no number is none either
             if not todo.any():
                 break
             optimiser.zero_grad()

@@ -200,7 +200,7 @@ class WISE(Scaled, Method, name="wise"):
         active = torch.ones(len(start), dtype=torch.bool, device=device)
         for _ in range(self.steps):
             loss = work.loss(written(param))
-            active &= loss.detach() > self.stop
+            active &= ~(loss.detach() <= self.stop)  # one that is no number is none either
             if not active.any():
                 break
             optimiser.zero_grad()

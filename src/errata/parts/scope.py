@@ -22,6 +22,8 @@ from . import moments
 
 BEGINNING = 200
 """Characters of a text of the corpus that are read."""
+SPARE = 8
+"""Tokens that a tokenizer adds to a text at most."""
 TOKENS = 2048
 """Tokens in one pass, padding included. Changes the memory, not the result."""
 EXACT = "donot_use_mm_for_euclid_dist"
@@ -48,9 +50,14 @@ def ordinary(lm: LM, site: Site, corpus: str, most: int) -> Texts:
     """The beginnings of a corpus' first texts, read by the unedited model; kept in `lm.memo`."""
     key = "ordinary", site.name, corpus, most
     if key not in lm.memo:
-        long = min(BEGINNING, lm.context or BEGINNING)  # a token has a character at least
-        lm.memo[key] = _texts(lm, site, [text[:long] for text in islice(moments.texts(corpus), most)])
+        lm.memo[key] = _texts(lm, site, [_beginning(lm, text) for text in islice(moments.texts(corpus), most)])
     return lm.memo[key]
+
+
+def _beginning(lm: LM, text: str) -> str:
+    if lm.context is None:
+        return text[:BEGINNING]
+    return text[:BEGINNING].encode()[: lm.context - SPARE].decode(errors="ignore")  # a token has a byte at least
 
 
 def _texts(lm: LM, site: Site, texts: list[str]) -> Texts:
