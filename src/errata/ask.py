@@ -127,7 +127,7 @@ def ask(
             out[i] = replace(out[i], **{name: found})
 
     asked: dict[_Prompt, dict[_Forced | _Own, list[tuple[int, str]]]] = defaultdict(lambda: defaultdict(list))
-    with lm.frozen(), torch.no_grad():
+    with lm.asked():
         for name, own, questions in _questions(probes, asking):
             encoded = tolerant(partial(_encoded, lm, own), [passage for _, passage in questions])
             for (i, _), found in zip(questions, encoded, strict=True):

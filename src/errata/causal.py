@@ -13,7 +13,6 @@ import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -28,10 +27,11 @@ from torch.nn.functional import log_softmax
 
 from . import store
 from .edit import Edit
+from .effects import hooked
 from .errors import ErrataError, UsageError, unknown
 from .lm import LM
 from .tokens import Tokens, passage, subject_tokens
-from .trace import read, rewrite
+from .trace import read, rewriting
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ def _traced(
     width = max(1, round(10 / 48 * depth)) if window is None else window
     if not 1 <= width <= depth:
         raise UsageError(f"window={width} can't be used; {lm.name} has {depth} layers")
-    with lm.frozen(), torch.no_grad():
+    with lm.asked():
         question = _question(lm, edit, answer)
         run = _Corrupted(lm, question, _noise(lm, question, draws, noise, seed))
         nothing = torch.zeros(1, depth, question.prompt, dtype=torch.bool)
@@ -320,7 +320,7 @@ def known(lm: LM, edits: Sequence[Edit]) -> tuple[Edit, ...]:
     Raises:
         UsageError: none is left.
     """
-    with lm.frozen(), torch.no_grad():
+    with lm.asked():
         asked = [e for e in edits if e.truth]
         said = {e: ok for i in range(0, len(asked), ROWS) for e, ok in _says(lm, asked[i : i + ROWS])}
     found = tuple(e for e in edits if said.get(e, True))
@@ -444,12 +444,12 @@ class _Corrupted:
         """One row for each set and each draw."""
         draws = len(self.noise)
         rows = len(restore) * draws
-        with ExitStack() as stack:
-            stack.enter_context(rewrite(self.lm, _embedding(self.lm), rows, self._corrupt))
-            for place, state, chosen in zip(places, clean, restore.unbind(1), strict=True):
-                if chosen.any():
-                    back = _Back(state, chosen.to(state.device).repeat_interleave(draws, 0)[..., None])
-                    stack.enter_context(rewrite(self.lm, place, rows, back))
+        hooks = [rewriting(self.lm, _embedding(self.lm), rows, self._corrupt)]
+        for place, state, chosen in zip(places, clean, restore.unbind(1), strict=True):
+            if chosen.any():
+                back = _Back(state, chosen.to(state.device).repeat_interleave(draws, 0)[..., None])
+                hooks.append(rewriting(self.lm, place, rows, back))
+        with hooked(*hooks):
             return _probability(self.lm, self.question, rows).view(-1, draws).mean(1).cpu()
 
     def _corrupt(self, embeddings: Tensor) -> Tensor:

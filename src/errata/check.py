@@ -177,7 +177,7 @@ def _clearest(lm: LM, edit: Edit, taken: set[str]) -> list[Probe]:
     """Questions about the kind of subjects that the template suits best."""
     kinds = [[name for name in names if plain(name) not in taken] for names in SUBJECTS.values()]
     texts = [name.join(edit.around) for names in kinds for name in names]
-    with lm.frozen(), torch.no_grad():
+    with lm.asked():
         batch = lm.encode([follow(text, None, chat=edit.chat) for text in texts])
         said = lm.logits(torch.arange(len(batch), device=lm.device), batch.last, **batch.inputs)
     sure = said.softmax(-1).max(-1).values.split([len(names) for names in kinds])

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.pytorch_utils import Conv1D
 
-from . import admission, anatomy, tokens
+from . import admission, anatomy, ledger, tokens
+from .effects import Bare, Frozen, Hook, Overlay, gradients, random_state
 from .errors import ErrataError, UsageError
+from .ledger import Effect, Kind, Ledger
 
 ALMANAC = Path(__file__).parent / "almanac"
 
@@ -76,18 +78,19 @@ class Site:
         return plain and _is_product(self.module)
 
 
-@torch.no_grad()
 def _is_product(module: Any) -> bool:
     """Whether a module puts out its input times its weight, by what it makes of three unit vectors."""
     how = vars(module).get("forward")
     if module in _products and _products[module][0] is how:
         return _products[module][1]
-    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    weight = (module.weight.T if isinstance(module, Conv1D) else module.weight).detach()
     which = torch.linspace(0, weight.shape[1] - 1, 3).long()
     units = torch.zeros(1, 3, weight.shape[1], dtype=weight.dtype, device=weight.device)
     units[0, torch.arange(3), which] = 1
     wanted = weight.T[which] + (0 if module.bias is None else module.bias)
-    alike = (module.forward(units)[0] - wanted).norm() <= 2e-3 * wanted.norm()  # TF32 keeps 10 bits, 8 bits err by more
+    alike = (
+        module.forward(units)[0].detach() - wanted
+    ).norm() <= 2e-3 * wanted.norm()  # TF32 keeps 10 bits, 8 bits err by more
     _products[module] = how, bool(alike)
     return bool(alike)
 
@@ -109,6 +112,16 @@ class Reader(Protocol):
         ...
 
 
+class Reads(Effect):
+    """A reader between prompts and one LM. No module is touched: `LM.readers` looks who is there."""
+
+    def __init__(self, lm: LM, reader: Reader) -> None:
+        self.lm, self.reader = lm, reader
+
+    def settle(self) -> None:
+        pass
+
+
 @dataclass(eq=False)
 class LM:
     """A causal language model of transformers and its tokenizer.
@@ -116,6 +129,8 @@ class LM:
     The model is used as it is: neither copied nor moved, and put in eval mode only while errata works on it. A patch
     that changes the prompt or the answerer is seen by what goes through `encode`, `said` and `generate`; a call of
     `model` itself does not see it.
+
+    Threads may share it, and another LM of the same model: edits, questions and blocks of `Patch.applied` take turns.
     """
 
     model: Any
@@ -130,10 +145,6 @@ class LM:
     """Path of the MLP's write matrix inside a block, likewise. Where blocks differ: paths with `|` between, and `*`."""
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What was computed from the unedited model and holds for as long as this object lives."""
-    patched: int = field(default=0, init=False, repr=False)
-    """How many patches are applied right now."""
-    readers: list[Reader] = field(default_factory=list, init=False, repr=False)
-    """What applied patches put between a prompt and the model, in the order they were applied."""
 
     def __post_init__(self) -> None:
         config = getattr(self.model, "config", None)
@@ -143,6 +154,65 @@ class LM:
     def __repr__(self) -> str:
         patches = f", {self.patched} patches applied" if self.patched else ""
         return f"<LM {self.name}: {type(self.model).__name__}, {self.dtype} on {self.device}{patches}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a patched LM a copy is of the edited model: what is known of the unedited one stays behind."""
+        if not self.patched:
+            return dict(vars(self))
+        return {**{k: v for k, v in vars(self).items() if k != "fingerprint"}, "memo": {}}
+
+    # What is in place
+
+    @property
+    def ledger(self) -> Ledger:
+        """Who has what in place on the model right now."""
+        return Ledger.of(self.model)
+
+    @property
+    def patched(self) -> int:
+        """How many patches are applied right now."""
+        return sum(bool(entry.effects) for entry in self.ledger.live("patch"))
+
+    @property
+    def readers(self) -> list[Reader]:
+        """What applied patches put between a prompt and the model, in the order they were applied."""
+        effects = [effect for entry in self.ledger.live("patch") for effect in entry.effects]
+        return [e.reader for e in effects if isinstance(e, Reads) and e.lm is self]
+
+    def hold(self, *effects: Effect, kind: Kind = "mode") -> AbstractContextManager[LM]:
+        """While inside, it is this thread's turn, and effects are in place; then all is as it was."""
+        return ledger.hold(self.ledger, lambda: effects, self, kind)
+
+    def unedited(self) -> AbstractContextManager[LM]:
+        """While inside, no patch is in place: for what is computed once and kept in `memo`."""
+        return self.hold(Bare(), kind="bare")
+
+    def frozen(self) -> AbstractContextManager[LM]:
+        """While inside, the model is in eval mode and its parameters take no gradients; then as it was."""
+        return self.hold(Frozen(self.model))
+
+    def asked(self) -> AbstractContextManager[LM]:
+        """While inside, the model is frozen and nothing takes gradients."""
+        return self.hold(Frozen(self.model), gradients(False))
+
+    def at_work(self) -> AbstractContextManager[LM]:
+        """While inside, the unedited model is frozen, other things take gradients, and something may be drawn; then
+        all is as it was, the caller's random state too.
+
+        Raises:
+            UsageError: a patch is applied.
+        """
+        return ledger.hold(self.ledger, self._worked_on, self)
+
+    def _worked_on(self) -> list[Effect]:
+        admission.eager(self.model, self.name)
+        if self.patched:
+            raise UsageError(
+                f"{self.name} has a patch applied; take it off (leave its block, or call its `undo`), "
+                "and give it as `prior` to what goes on from it"
+            )
+        devices = {p.device for p in self.model.parameters()}
+        return [Frozen(self.model), gradients(True), random_state(devices)]
 
     # What it is
 
@@ -181,11 +251,12 @@ class LM:
         for a checkpoint in whichever dtype it is loaded. Taken once, from the unedited model."""
         admission.whole(self.model, self.name)
         digest = hashlib.sha256()
-        for name, p in self.model.named_parameters():
-            flat = p.detach().reshape(-1)
-            index = torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), dtype=torch.float64).long()
-            sample = flat[index.to(flat.device)].to("cpu", torch.bfloat16).float()
-            digest.update(f"{name}{tuple(p.shape)}".encode() + sample.numpy().tobytes())
+        with self.unedited():
+            for name, p in self.model.named_parameters():
+                flat = p.detach().reshape(-1)
+                index = torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), dtype=torch.float64).long()
+                sample = flat[index.to(flat.device)].to("cpu", torch.bfloat16).float()
+                digest.update(f"{name}{tuple(p.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()[:32]
 
     # Its parts
@@ -302,7 +373,8 @@ class LM:
             passages: at least one.
             room: tokens that text put before them leaves free for an answer, at least.
         """
-        read = self._read([p.text[: p.target] for p in passages], room)
+        with self.hold(gradients(False)):
+            read = self._read([p.text[: p.target] for p in passages], room)
         whole = [
             tokens.within(replace(p, chat=p.chat and not who), *around)  # who answers in its stead has its own form
             for p, (around, who) in zip(passages, read, strict=True)
@@ -320,9 +392,10 @@ class LM:
         if batch.answerer is None or not batch.answerer.any():
             return self.logits(*batch.reads, **batch.inputs)
         parts = {}
-        for who in batch.answerer.unique().tolist():
-            part = batch[batch.answerer == who]
-            parts[who] = self.answering(who).logits(*part.reads, **part.inputs)
+        with self.hold():
+            for who in batch.answerer.unique().tolist():
+                part = batch[batch.answerer == who]
+                parts[who] = self.answering(who).logits(*part.reads, **part.inputs)
         out = torch.empty(len(rows), max(p.shape[1] for p in parts.values()), device=self.device)
         for who, part in parts.items():
             out[batch.answerer[rows] == who] = part.to(self.device)
@@ -360,11 +433,8 @@ class LM:
             seen.append(True)
             return (args[0][rows, cols][None], *args[1:])
 
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
-        try:
+        with self.hold(Hook(self.model.get_output_embeddings(), gather, before=True), kind="pass"):
             found = self.model(**{"use_cache": False, **inputs}).logits
-        finally:
-            handle.remove()
         return (found[0] if seen else found[rows, cols]).float()
 
     @overload
@@ -403,16 +473,17 @@ class LM:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
-        read = self._read(prompts, max_new_tokens)
         texts = [""] * len(prompts)
-        for who in dict.fromkeys(who for _, who in read):
-            rows = [i for i, (_, other) in enumerate(read) if other == who]
-            asked = [prompts[i].join(read[i][0]) for i in rows]
-            put = chat and not who
-            asked = tokens.in_chat(self.tokenizer, asked) if put else asked
-            said = self.answering(who)._generated(asked, max_new_tokens, until, put)
-            for i, text in zip(rows, said, strict=True):
-                texts[i] = text
+        with self.hold(gradients(False)):
+            read = self._read(prompts, max_new_tokens)
+            for who in dict.fromkeys(who for _, who in read):
+                rows = [i for i, (_, other) in enumerate(read) if other == who]
+                asked = [prompts[i].join(read[i][0]) for i in rows]
+                put = chat and not who
+                asked = tokens.in_chat(self.tokenizer, asked) if put else asked
+                said = self.answering(who)._generated(asked, max_new_tokens, until, put)
+                for i, text in zip(rows, said, strict=True):
+                    texts[i] = text
         return texts[0] if isinstance(prompt, str) else texts
 
     def chat(self, messages: Sequence[Mapping[str, str]], max_new_tokens: int = 200) -> str:
@@ -423,12 +494,13 @@ class LM:
             max_new_tokens: at most; the model's own end comes before.
         """
         *before, last = messages
-        ((around, who),) = self._read([last["content"]], max_new_tokens)
-        asked = last["content"].join(around)
-        if who:
-            return self.answering(who)._generated([asked], max_new_tokens, None)[0]
-        whole = tokens.conversation(self.tokenizer, [*before, {**last, "content": asked}])
-        return self._generated([whole], max_new_tokens, None, put=True)[0]
+        with self.hold(gradients(False)):
+            ((around, who),) = self._read([last["content"]], max_new_tokens)
+            asked = last["content"].join(around)
+            if who:
+                return self.answering(who)._generated([asked], max_new_tokens, None)[0]
+            whole = tokens.conversation(self.tokenizer, [*before, {**last, "content": asked}])
+            return self._generated([whole], max_new_tokens, None, put=True)[0]
 
     def _generated(
         self, prompts: list[str], max_new_tokens: int, until: Callable[[str], bool] | None, put: bool = False
@@ -437,7 +509,7 @@ class LM:
         inputs = tokens.pad_left(self.tokenizer, prompts, self.device, put, self.vocabulary)
         length = inputs["input_ids"].shape[1]
         self.fit(length, max_new_tokens)
-        with self.frozen(), torch.no_grad():
+        with self.asked():
             out = self.continued(inputs, self.stop(length, until), do_sample=False, max_new_tokens=max_new_tokens)
         return self.texts(out[:, length:])
 
@@ -473,25 +545,10 @@ class LM:
         What a model ships as its own (a repetition penalty, a temperature) would otherwise fill in the others.
         """
         stopping: Any = StoppingCriteriaList(stop)  # its annotation asks for a class; it calls what it is given
-        own = self.model.generation_config
-        ends = {"eos_token_id": own.eos_token_id, "pad_token_id": tokens.padding(self.tokenizer, self.vocabulary)}
-        self.model.generation_config = GenerationConfig()
-        try:
-            how = GenerationConfig(**ends, **settings)
-            return self.model.generate(**inputs, generation_config=how, stopping_criteria=stopping)
-        finally:
-            self.model.generation_config = own
-
-    @contextmanager
-    def frozen(self) -> Iterator[LM]:
-        """While inside, the model is in eval mode and its parameters take no gradients; then as it was."""
-        training = [m for m in self.model.modules() if m.training]
-        wanting = [p for p in self.model.parameters() if p.requires_grad]
-        with ExitStack() as undo:
-            for m in training:
-                undo.callback(setattr, m, "training", True)
-                m.training = False
-            for p in wanting:
-                undo.callback(p.requires_grad_, True)
-                p.requires_grad_(False)
-            yield self
+        having = [m for m in self.model.modules() if "generation_config" in vars(m)]
+        plain = [Overlay(m, "generation_config", lambda _own: GenerationConfig()) for m in having]
+        with self.hold():
+            ends = {"eos_token_id": self.model.generation_config.eos_token_id}
+            how = GenerationConfig(**ends, pad_token_id=tokens.padding(self.tokenizer, self.vocabulary), **settings)
+            with self.hold(*plain, kind="pass"):
+                return self.model.generate(**inputs, generation_config=how, stopping_criteria=stopping)

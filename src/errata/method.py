@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from importlib import import_module, metadata
@@ -20,8 +19,9 @@ from typing import Any, ClassVar, Self
 import torch
 import transformers
 
-from . import __version__, admission, presets
+from . import __version__, presets
 from .edit import Edit, agree
+from .effects import Numbers, Parts
 from .errors import ErrataError, UsageError, unknown
 from .lm import LM
 from .methods import FILES
@@ -117,7 +117,7 @@ class Method(ABC):
         Raises:
             UsageError: edits contradict each other, or are several where the method makes one.
         """
-        edits, prior = tuple(edits), prior or Patch()
+        edits, prior = _listed(edits), prior or Patch()
         if not edits:
             return prior
         if not anyway:
@@ -127,14 +127,19 @@ class Method(ABC):
                 f"{self.name} makes one edit at a time, not {len(edits)}; "
                 "fold them with errata.sequential, or take a batched method"
             )
-        with self._at_work(lm), self.beneath(lm, prior).applied(lm):
-            new = self.patch(lm, edits, prior)
+        with torch.inference_mode(False), lm.at_work():
+            self._ready(lm)
+            with self.beneath(lm, prior).applied(lm):
+                (new,) = self._checked(lm, lambda: [self.patch(lm, edits, prior)])
         return prior + self._signed(new, lm, edits)
 
     def each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
         """Every edit by itself from the unedited model: `[self.edit(lm, [e]) for e in edits]`, in shared passes."""
-        with self._at_work(lm):
-            return [self._signed(p, lm, (e,)) for p, e in zip(self.patches(lm, edits), edits, strict=True)]
+        edits = _listed(edits)
+        with torch.inference_mode(False), lm.at_work():
+            self._ready(lm)
+            made = self._checked(lm, lambda: self.patches(lm, edits))
+            return [self._signed(p, lm, (e,)) for p, e in zip(made, edits, strict=True)]
 
     @abstractmethod
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
@@ -155,16 +160,34 @@ class Method(ABC):
     def prepare(self, lm: LM) -> None:
         """Have in `lm.memo` what the method needs of the unedited model; called before `prior` is applied."""
 
-    @contextmanager
-    def _at_work(self, lm: LM) -> Iterator[None]:
-        if lm.patched:
-            raise UsageError("the model has a patch applied; leave it, and give the patch to `edit` as `prior`")
-        admission.eager(lm.model, lm.name)
-        gpus = [lm.device] if lm.device.type == "cuda" else []
-        with lm.frozen(), torch.random.fork_rng(devices=gpus):  # the caller's random state stays as it is
-            self.prepare(lm)
-            torch.manual_seed(self.seed)
-            yield
+    def _ready(self, lm: LM) -> None:
+        self.prepare(lm)
+        torch.manual_seed(self.seed)
+
+    def _checked(self, lm: LM, make: Callable[[], list[Patch]]) -> list[Patch]:
+        """What `make` gives, after a look at whether it is patches."""
+        made = make() if self._is_ours() else self._watched(lm, make)
+        for one in made:
+            if not isinstance(one, Patch):
+                raise ErrataError(f"{self.name}'s `patch` gave a {type(one).__name__}; it should give a Patch")
+        return made
+
+    def _is_ours(self) -> bool:
+        return type(self).__module__.partition(".")[0] == __package__
+
+    def _watched(self, lm: LM, make: Callable[[], list[Patch]]) -> list[Patch]:
+        """What `make` gives, after a look at whether the model was left alone: it is read twice for that."""
+        parts, numbers = Parts(lm.model), Numbers(lm.model)
+        with lm.hold(parts):
+            made = make()
+        changed, lost = [*parts.changed, *numbers.put_back()], numbers.changed()
+        if changed or lost:
+            raise ErrataError(
+                f"{self.name} changed {', '.join((lost or changed)[:3])} of the model itself, which "
+                f"{'can not be put back: load the model again' if lost else 'was put back'}; "
+                "a method's `patch` gives changes and leaves the model alone"
+            )
+        return made
 
     def _signed(self, new: Patch, lm: LM, edits: tuple[Edit, ...]) -> Patch:
         for name, changes in new.changes.items():
@@ -178,6 +201,12 @@ class Method(ABC):
             "versions": versions(),
         }
         return replace(new, edits=edits, about=about)
+
+
+def _listed(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    if isinstance(edits, Edit):
+        raise UsageError("edits are given as a list, also a single one: [edit]")
+    return tuple(edits)
 
 
 def sequential(

@@ -6,12 +6,10 @@ JSON header. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,10 +17,11 @@ import torch
 from torch import Tensor
 
 from . import admission, store
-from .changes import Change, LowRank, Undo, joined, kind_of
+from .changes import Change, LowRank, joined, kind_of
 from .documents import said
 from .edit import Edit
 from .errors import ErrataError, UsageError
+from .ledger import Effect, Entry, hold
 from .lm import LM, Site
 
 FORMAT = 1
@@ -118,19 +117,65 @@ class Patch:
 
     # In a model
 
-    @contextmanager
-    def applied(self, lm: LM, check: bool = True) -> Iterator[LM]:
+    def applied(self, lm: LM, check: bool = True) -> AbstractContextManager[LM]:
         """While inside, the model is the edited one; then it is what it was, to the bit, also after an exception.
+
+        Blocks may lie in each other, also those of one patch, which then counts twice, and may end in any order: what
+        is left is the model with the patches that are still applied, in the order in which they came. Another thread
+        that edits the model, asks it or applies a patch to it waits until the block is left.
 
         Args:
             lm: the model.
             check: refuse a model other than the one the patch was made for.
         """
-        with _attached(lm, [partial(c.put, lm, name) for name, cs in self._fitting(lm, check) for c in cs]):
-            yield lm
+        return hold(lm.ledger, lambda: self._effects(lm, check), lm, "patch", self)
+
+    def apply(self, lm: LM, check: bool = True) -> None:
+        """Apply the patch and leave it on, for every thread, until `undo`. After an error it is not on.
+
+        Raises:
+            UsageError: it is on already (`scaled(2)` is twice as strong).
+            ErrataError: it is not for this model.
+        """
+        entry = Entry(lm.ledger, lambda: self._effects(lm, check), "patch", self)
+        try:
+            with lm.hold():
+                if self._left_on(lm):
+                    raise UsageError(f"the patch is applied to {lm.name} already; take it off by `undo`, or scale it")
+                entry.begin()
+                entry.left = True
+        except BaseException:
+            entry.close()
+            raise
+
+    def undo(self, lm: LM) -> None:
+        """Take off a patch that `apply` put on, also one read again from its file. The others stay on, in their order.
+
+        Raises:
+            UsageError: it is not on.
+        """
+        with lm.hold():
+            found = self._left_on(lm)
+            if found is None:
+                raise UsageError(f"the patch is not applied to {lm.name}; `apply` puts it on")
+            found.close()
+
+    def _left_on(self, lm: LM) -> Entry | None:
+        """What `apply` left on a model of this patch, or of one that is the same."""
+        there = [entry for entry in lm.ledger.live("patch") if entry.left]
+        return next((e for e in there if e.patch is self), None) or next((e for e in there if self._is(e.patch)), None)
+
+    def _is(self, other: Patch) -> bool:
+        mine, theirs = self._tensors(), other._tensors()
+        same = self.edits == other.edits and list(self.changes) == list(other.changes) and mine.keys() == theirs.keys()
+        return same and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    def _effects(self, lm: LM, check: bool) -> list[Effect]:
+        return [c.effect_in(lm, name) for name, changes in self._fitting(lm, check) for c in changes]
 
     def _fitting(self, lm: LM, check: bool) -> Sequence[tuple[str, tuple[Change, ...]]]:
         """The changes, after a look at whether they are for this model."""
+        admission.eager(lm.model, lm.name)
         if check and self.about and self.about["base"]["fingerprint"] != lm.fingerprint:
             raise ErrataError(
                 f"the patch was made for {_base(self)}, this model is {lm.name} ({lm.fingerprint[:8]}); "
@@ -247,8 +292,7 @@ def _is_step(step: Any) -> bool:
     return isinstance(step, Mapping) and all(isinstance(step.get(name), kind) for name, kind in kinds.items())
 
 
-@contextmanager
-def applied_by_row(lm: LM, patches: Sequence[Patch]) -> Iterator[LM]:
+def applied_by_row(lm: LM, patches: Sequence[Patch]) -> AbstractContextManager[LM]:
     """While inside, row i of every batch is answered by the model with `patches[i]`; the weights are not touched.
 
     Args:
@@ -256,62 +300,28 @@ def applied_by_row(lm: LM, patches: Sequence[Patch]) -> Iterator[LM]:
         patches: as many as the batches have rows; at each module all of one kind, which must be one that can
             (`Patch.by_row`).
     """
+    return hold(lm.ledger, lambda: _effects_by_row(lm, patches), lm, "patch")
+
+
+def _effects_by_row(lm: LM, patches: Sequence[Patch]) -> list[Effect]:
     for patch in patches:
         patch._fitting(lm, check=True)
         if not patch.by_row:
             raise ErrataError("a patch has a change that can't be applied row by row; apply it by itself")
     names = dict.fromkeys(name for patch in patches for name in patch.changes)
-    parts = []
+    effects = []
     for name in names:
         rows = [p.changes[name][0] if name in p.changes else None for p in patches]
         kind, *others = {type(row) for row in rows if row is not None}
         if others:
             raise ErrataError(f"the rows have changes of several kinds at {name}; apply the patches by themselves")
-        parts.append(partial(kind.attach_rows, Site(name, lm.module(name)), rows))
-    with _attached(lm, parts):
-        yield lm
+        effects.append(kind.effect_by_row(Site(name, lm.module(name)), rows))
+    return effects
 
 
 def added(patches: Sequence[Patch]) -> Patch:
     """Patches one after another."""
     return reduce(Patch.__add__, patches, Patch())
-
-
-@contextmanager
-def _attached(lm: LM, parts: Sequence[Callable[[], Undo]]) -> Iterator[None]:
-    admission.eager(lm.model, lm.name)
-    lm.fingerprint  # noqa: B018 - taken now, while the weights are the base's
-    undo = ExitStack()
-    try:
-        with _uninterrupted():
-            for attach in parts:
-                undo.callback(attach())
-            lm.patched += bool(parts)
-            undo.callback(setattr, lm, "patched", lm.patched - bool(parts))
-        yield
-    finally:
-        try:
-            with _uninterrupted():
-                undo.close()
-        finally:  # where Ctrl-C came just before it was held back
-            undo.close()
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done, so that a weight is never left between two states."""
-    foreign = signal.getsignal(signal.SIGINT) is None  # a handler that is not Python's could not be put back
-    if foreign or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending = []
-    previous = signal.signal(signal.SIGINT, lambda *_: pending.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if pending:
-        signal.raise_signal(signal.SIGINT)
 
 
 def _unchecked(about: Mapping[str, Any]) -> dict[str, Any]:

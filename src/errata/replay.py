@@ -10,7 +10,7 @@ so there is no line here for any architecture.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from typing import Any, Protocol
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from . import effects
 from .lm import LM
 from .past import Past, Use, alike, empty, grows, hooked, proven, roomy, takes, tolerance
 from .tokens import Tokens
-from .trace import outputs_of, rewrite
+from .trace import outputs_of, rewriting
 
 
 class Passes(Protocol):
@@ -122,7 +123,7 @@ class Replay:
         return still + [([self.lm.module(n) for n in below], seen[n]) for n in below[-1:]]
 
     def logits(self, rows: Tensor, cols: Tensor) -> Tensor:
-        with self._going_on() as inputs, _standing(self.still):
+        with self._going_on() as inputs, _standing(self.lm, self.still):
             return self.lm.logits(rows, cols - self.first[rows], **inputs)
 
     def keep(self, rows: Tensor) -> None:
@@ -228,9 +229,7 @@ class _Nudge:
 
             return add
 
-        with ExitStack() as stack:
-            for place in self.places:
-                stack.enter_context(rewrite(self.lm, place, len(run.start), adder(place)))
+        with effects.hooked(*(rewriting(self.lm, p, len(run.start), adder(p)) for p in self.places)):
             return run.logits(rows, cols)
 
     def pulled(self, run: Passes, rows: Tensor, cols: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -287,21 +286,16 @@ def _aligned(batch: Tokens, start: Tensor, before: int, after: int) -> tuple[Ten
     return batch.ids.gather(1, cols.clamp(0, batch.ids.shape[1] - 1)), inside.long(), cols.clamp(min=0)
 
 
-@contextmanager
-def _standing(still: Sequence[tuple[list[nn.Module], Any]]) -> Iterator[None]:
+def _standing(lm: LM, still: Sequence[tuple[list[nn.Module], Any]]) -> AbstractContextManager[LM]:
     """While inside, these modules do no work; those of a group all put out the same."""
-    with ExitStack() as undo:
-        for modules, output in still:
-            for module in modules:
-                undo.callback(_let_run, module, vars(module).get("forward"))
-                vars(module)["forward"] = lambda *_, output=output, **__: _copy(output)
-        yield
-
-
-def _let_run(module: nn.Module, forward: Any) -> None:
-    del vars(module)["forward"]
-    if forward is not None:
-        vars(module)["forward"] = forward
+    return lm.hold(
+        *(
+            effects.Overlay(module, "forward", lambda _own, output=output: lambda *_, **__: _copy(output))
+            for modules, output in still
+            for module in modules
+        ),
+        kind="pass",
+    )
 
 
 def _copy(output: Any) -> Any:

@@ -6,14 +6,15 @@ here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import admission
+from .effects import Hook, hooked
 from .errors import ErrataError
 from .lm import LM
 from .tokens import Tokens
@@ -51,32 +52,32 @@ def put(output: Any, new: Tensor) -> Any:
     return new.reshape(output.shape)
 
 
-@contextmanager
-def rewrite(lm: LM, name: str, batch: int, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def rewrite(lm: LM, name: str, batch: int, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
     """While inside, the output (batch, seq, d) of a module is replaced by `fn(output)`."""
+    return hooked(rewriting(lm, name, batch, fn))
+
+
+def rewriting(lm: LM, name: str, batch: int, fn: Callable[[Tensor], Tensor]) -> Hook:
+    """The hook of `rewrite`, for several to be in place together (`effects.hooked`)."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         return put(output, fn(hidden(output, batch, name=name)))
 
-    handle = lm.module(name).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return Hook(lm.module(name), hook)
 
 
-@contextmanager
-def beside(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def beside(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
     """While inside, `fn` of a module's input, in float32, is added to its output."""
+    return hooked(adding(module, fn))
+
+
+def adding(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Hook:
+    """The hook of `beside`, likewise."""
 
     def hook(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + fn(args[0].float()).view(output.shape).to(output.dtype)
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return Hook(module, hook)
 
 
 class _Enough(Exception):
@@ -107,14 +108,10 @@ def watch(
 
         return after
 
-    with ExitStack() as stack:
-        for name in waiting:
-            handle = lm.module(lm.inside(name)).register_forward_hook(hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
-        for name in before:
-            stack.callback(lm.module(name).register_forward_pre_hook(enough).remove)
-        with suppress(_Enough):
-            lm.model(**{"use_cache": False, **inputs})
+    hooks = [Hook(lm.module(lm.inside(name)), hook(name), kwargs=True) for name in waiting]
+    hooks += [Hook(lm.module(name), enough, before=True) for name in before]
+    with lm.hold(*hooks, kind="pass"), suppress(_Enough):
+        lm.model(**{"use_cache": False, **inputs})
 
 
 @torch.no_grad()

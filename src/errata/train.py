@@ -11,8 +11,7 @@ import logging
 import math
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from . import editor as editors
 from . import presets, store
 from .data import Case
 from .editor import Editor
+from .effects import Setting
 from .errors import ErrataError, UsageError
 from .lm import LM
 from .method import Method, versions
@@ -169,23 +169,11 @@ def train(
         UsageError: fewer than five cases can be used, or `out` holds another unfinished training.
         ErrataError: the loss is no finite number.
     """
-    if lm.patched:
-        raise UsageError("the model has a patch applied; leave it before an editor is trained")
-    gpus = [lm.device] if lm.device.type == "cuda" else []
-    with lm.frozen(), torch.random.fork_rng(devices=gpus), torch.enable_grad(), _multiplied(course.precision):
+    precision = Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, course.precision)
+    with lm.at_work(), lm.hold(precision):
         torch.manual_seed(course.seed)
         places = Path(out) if out else None, Path(log) if log else None
         return _Training(method, lm, cases, held, course, *places, progress).through()
-
-
-@contextmanager
-def _multiplied(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass

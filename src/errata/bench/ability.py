@@ -64,7 +64,7 @@ def read(lm: LM, patch: Patch, pieces: Sequence[str]) -> dict[str, Any]:
     """Perplexities and KL over all scored tokens of the pieces."""
     said = torch.zeros(3, dtype=torch.float64)  # log-probability before, after; KL
     count = 0
-    with lm.frozen(), torch.no_grad():
+    with lm.asked():
         for start in range(0, len(pieces), TOGETHER):
             tokens = lm.encode([Passage(p, target=p.index(" ")) for p in pieces[start : start + TOGETHER]])
             before = _logprobs(lm.said(tokens))

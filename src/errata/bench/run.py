@@ -413,7 +413,8 @@ class _Run:
     def _counting(self, edits: int) -> Iterator[None]:
         """Count floating-point operations, of the first edits only: counting takes time. The preparing comes before."""
         if not self.ready:
-            with self._timed("preparing"), self.method._at_work(self.lm):
+            with self._timed("preparing"), self.lm.at_work():
+                self.method.prepare(self.lm)
                 self.ready = True
         counter = FlopCounterMode(display=False)
         first = self.counted is None and self.flops is None and edits > 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from ..errors import ErrataError
+from ..ledger import Effect, stand
 from ..lm import LM, Site
 
 Undo = Callable[[], None]
@@ -22,7 +24,7 @@ class Change(ABC):
     kinds: ClassVar[dict[str, type[Change]]] = {}
     kind: ClassVar[str]
     by_row: ClassVar[bool] = False
-    """Whether `attach_rows` can put a change of its own beside each row of a batch."""
+    """Whether `effect_by_row` can put a change of its own beside each row of a batch."""
 
     form: ClassVar[Mapping[str, str]] = {}
     """Of every field but `owners`, its numbers and its sizes by name, as in `"float32 out n"`; sizes of one name are
@@ -35,23 +37,34 @@ class Change(ABC):
         if kind is not None:
             cls.kind = kind
             Change.kinds[kind] = cls
+        if "attach" in vars(cls):  # a kind that sees to its own undo is taken at its word
+            cls.effect = lambda self, site: _Attached(partial(self.attach, site))
 
     @abstractmethod
+    def effect(self, site: Site) -> Effect:
+        """What the change puts in place. The model is not touched yet."""
+
+    @classmethod
+    def effect_by_row(cls, site: Site, rows: Sequence[Change | None]) -> Effect:
+        """Likewise of changes of this kind, one for each row of the batch; the weight is not touched."""
+        raise ErrataError(f"a {cls.kind} change can't be applied row by row")
+
+    def effect_in(self, lm: LM, name: str) -> Effect:
+        """Likewise in a model, at the module of that name."""
+        return self.effect(Site(name, lm.module(name)))
+
     def attach(self, site: Site) -> Undo:
-        """Put the change in place; what is returned takes it away again, to the bit."""
+        """Put the change in place; what is returned takes it away again, to the bit, in whatever order several go."""
+        return stand(self.effect(site))
 
     @classmethod
     def attach_rows(cls, site: Site, rows: Sequence[Change | None]) -> Undo:
         """Put changes of this kind beside a module, one for each row of the batch; the weight is not touched."""
-        raise ErrataError(f"a {cls.kind} change can't be applied row by row")
+        return stand(cls.effect_by_row(site, rows))
 
     @abstractmethod
     def fits(self, site: Site) -> bool:
         """Whether the shapes are those of the site."""
-
-    def put(self, lm: LM, name: str) -> Undo:
-        """Put the change in place in a model, at the module of that name."""
-        return self.attach(Site(name, lm.module(name)))
 
     def check(self, lm: LM, name: str) -> None:
         """Refuse a model that the change does not fit."""
@@ -116,6 +129,21 @@ class Change(ABC):
     def finite(self) -> bool:
         """Whether every number is one."""
         return all(bool(t.isfinite().all()) for t in self.tensors().values())
+
+
+class _Attached(Effect):
+    """A change that is attached, and undone, as it does itself."""
+
+    def __init__(self, attach: Callable[[], Undo]) -> None:
+        self.attach = attach
+        self.undo: Undo | None = None
+
+    def settle(self) -> None:
+        if self.live and self.undo is None:
+            self.undo = self.attach()
+        elif not self.live and self.undo is not None:
+            self.undo()
+            self.undo = None
 
 
 def joined(changes: Iterable[Change]) -> tuple[Change, ...]:

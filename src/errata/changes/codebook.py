@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..effects import Hook
 from ..errors import ErrataError
+from ..ledger import Effect
 from ..lm import Site
-from .change import Change, Undo
+from .change import Change
 from .routing import SAME, Index, settle, tell
 
 
@@ -100,11 +102,11 @@ class Codebook(Change, kind="codebook"):
         ]
         return list(dict.fromkeys(each))
 
-    def attach(self, site: Site) -> Undo:
-        return self.attach_rows(site, [self])
+    def effect(self, site: Site) -> Effect:
+        return self.effect_by_row(site, [self])
 
     @classmethod
-    def attach_rows(cls, site: Site, rows: Sequence[Change | None]) -> Undo:
+    def effect_by_row(cls, site: Site, rows: Sequence[Change | None]) -> Effect:
         device = site.device
         books = [row if isinstance(row, Codebook) else None for row in rows]
         found = [b.live if b else torch.empty(0, dtype=torch.long) for b in books]
@@ -126,7 +128,7 @@ class Codebook(Change, kind="codebook"):
             chosen = values.to(output.dtype)[entry].view(output.shape)
             return torch.where(answered.view(output.shape[:-1])[..., None], chosen, output)
 
-        return site.module.register_forward_hook(hook).remove
+        return Hook(site.module, hook)
 
     def alone(self, edit: int) -> Codebook:
         """One edit's own part, as if the others had never been."""

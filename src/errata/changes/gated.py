@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..effects import Hook
 from ..errors import ErrataError
+from ..ledger import Effect
 from ..lm import Site
-from .change import Change, Undo
+from .change import Change
 from .routing import SAME, TOGETHER, Index, settle, tell
 
 
@@ -39,11 +41,11 @@ class Gated(Change):
 
     by_row = True
 
-    def attach(self, site: Site) -> Undo:
-        return self.attach_rows(site, [self])
+    def effect(self, site: Site) -> Effect:
+        return self.effect_by_row(site, [self])
 
     @classmethod
-    def attach_rows(cls, site: Site, rows: Sequence[Change | None]) -> Undo:
+    def effect_by_row(cls, site: Site, rows: Sequence[Change | None]) -> Effect:
         route, add, names = cls.working(site, [row if isinstance(row, cls) else None for row in rows])
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ class Gated(Change):
             new[found.answered] += add(inputs[found.answered], found.part[found.answered]).to(output.dtype)
             return new.view(output.shape)
 
-        return site.module.register_forward_hook(hook).remove
+        return Hook(site.module, hook)
 
     @classmethod
     @abstractmethod

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ErrataError
-from ..lm import LM, Reader, Site
-from .change import Change, Undo
+from ..ledger import Effect
+from ..lm import LM, Reader, Reads, Site
+from .change import Change
 
 WHOLE = ""
 """The name under which a patch keeps changes that are of no module: that of the model itself."""
@@ -55,16 +56,10 @@ class Remembered(Change):
             out.append(tuple(parts))
         return out
 
-    def put(self, lm: LM, name: str) -> Undo:
-        reader = self.reader(lm)
-        lm.readers.append(reader)
+    def effect_in(self, lm: LM, name: str) -> Effect:
+        return Reads(lm, self.reader(lm))
 
-        def undo() -> None:
-            lm.readers[:] = [r for r in lm.readers if r is not reader]
-
-        return undo
-
-    def attach(self, site: Site) -> Undo:
+    def effect(self, site: Site) -> Effect:
         raise ErrataError(f"a {self.kind} change is of no module; it is put in place in a whole LM")
 
     def fits(self, site: Site) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..effects import Hook, Overlay
 from ..errors import ErrataError
+from ..ledger import Effect, stand
 from ..lm import Site
 from .change import Change, Undo
 
@@ -33,14 +34,14 @@ class LowRank(Change, kind="low-rank"):
         """(d_out, d_in)."""
         return self.left @ self.right
 
-    def attach(self, site: Site) -> Undo:
+    def effect(self, site: Site) -> Effect:
         if site.writable:
-            return _add(site, lambda weight: self.left.to(weight.device) @ self.right.to(weight.device))
-        return attach_rows(site, [self])
+            return _sum(site, lambda weight: self.left.to(weight.device) @ self.right.to(weight.device))
+        return _beside(site, [self])
 
     @classmethod
-    def attach_rows(cls, site: Site, rows: Sequence[Change | None]) -> Undo:
-        return attach_rows(site, [row if isinstance(row, LowRank) else None for row in rows])
+    def effect_by_row(cls, site: Site, rows: Sequence[Change | None]) -> Effect:
+        return _beside(site, [row if isinstance(row, LowRank) else None for row in rows])
 
     def fits(self, site: Site) -> bool:
         return (self.left.shape[0], self.right.shape[1]) == site.shape
@@ -73,12 +74,12 @@ class Dense(Change, kind="dense"):
     delta: Tensor
     """(d_out, d_in)."""
 
-    def attach(self, site: Site) -> Undo:
+    def effect(self, site: Site) -> Effect:
         if not site.writable:
             raise ErrataError(
                 f"{site.name} keeps its weight in a form of its own; only low-rank changes can be put beside it"
             )
-        return _add(site, lambda weight: self.delta.to(weight.device))
+        return _sum(site, lambda weight: self.delta.to(weight.device))
 
     def fits(self, site: Site) -> bool:
         return tuple(self.delta.shape) == site.shape
@@ -104,6 +105,10 @@ def attach_rows(site: Site, rows: Sequence[LowRank | None]) -> Undo:
 
     So n differently edited models answer in one pass. A single change is used for every row.
     """
+    return stand(_beside(site, rows))
+
+
+def _beside(site: Site, rows: Sequence[LowRank | None]) -> Effect:
     rank = max((len(c.owners) for c in rows if c), default=0)
     left, right = (torch.zeros(len(rows), *shape, device=site.device) for shape in _factors(site.shape, rank))
     for i, change in enumerate(rows):
@@ -116,24 +121,26 @@ def attach_rows(site: Site, rows: Sequence[LowRank | None]) -> Undo:
         added = inputs @ right.mT @ left.mT
         return output + added.view(output.shape).to(output.dtype)
 
-    return site.module.register_forward_hook(hook).remove
+    return Hook(site.module, hook)
 
 
 def _factors(shape: tuple[int, int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return (shape[0], rank), (rank, shape[1])
 
 
-@torch.no_grad()
-def _add(site: Site, delta: Callable[[Tensor], Tensor]) -> Undo:
-    """Put the sum, rounded once, in the weight's place; undo puts the weight itself back.
+def _sum(site: Site, delta: Callable[[Tensor], Tensor]) -> Effect:
+    """The sum, rounded once, in the weight's place; in the end the weight itself is back.
 
     The weight is not written, so another module that it is tied to (a head's to the embeddings) keeps it as it is.
     """
-    kept = site.module.get_parameter("weight")
-    whole = (site.weight.float() + delta(site.weight)).to(kept.dtype)
-    stored = whole.T.contiguous() if isinstance(site.module, Conv1D) else whole
-    site.module.weight = nn.Parameter(stored, kept.requires_grad)
-    return partial(setattr, site.module, "weight", kept)
+    turned = isinstance(site.module, Conv1D)
+
+    def added(kept: nn.Parameter) -> nn.Parameter:
+        weight = kept.detach().T if turned else kept.detach()
+        whole = (weight.float() + delta(weight)).to(kept.dtype)
+        return nn.Parameter(whole.T.contiguous() if turned else whole, kept.requires_grad)
+
+    return Overlay(site.module, "weight", added, "_parameters")
 
 
 def total(changes: Sequence[Change]) -> Tensor | None:

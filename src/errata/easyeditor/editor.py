@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -38,9 +38,7 @@ class BaseEditor:
         self.model, self.tok = self.lm.model, self.lm.tokenizer
         self.method = hparams.prepared(self.lm)
         self.patch = Patch()
-        """What `model` carries now."""
-        self._held = ExitStack()
-        vars(self.model)["errata_held"] = self._held  # the model stays edited where the editor is let go
+        """What `model` carries now, also where the editor is let go."""
 
     @classmethod
     def from_hparams(cls, hparams: HyperParams) -> BaseEditor:
@@ -84,12 +82,14 @@ class BaseEditor:
 
     def restore(self) -> None:
         """Put the model back to what was loaded, to the bit."""
-        self._held.close()
+        if self.patch:
+            self.patch.undo(self.lm)
         self.patch = Patch()
 
     def _hold(self, patch: Patch) -> None:
         self.restore()
-        self._held.enter_context(patch.applied(self.lm))
+        if patch:
+            patch.apply(self.lm)
         self.patch = patch
 
     def _run(self, rows: list[Request], batch: int, score: Score, asked: Asked) -> Edited:

@@ -6,7 +6,6 @@ The delta is trained beside the weight, in float32, so the model's own weights a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +15,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from ..changes import Dense
 from ..edit import Edit
+from ..effects import hooked
 from ..errors import over
 from ..lm import LM
 from ..method import Method
@@ -24,7 +24,7 @@ from ..parts.scaled import Scaled
 from ..patch import Patch
 from ..replay import Passes, passes
 from ..tokens import Tokens, passage
-from ..trace import beside
+from ..trace import adding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,8 @@ class FT(Scaled, Method, name="ft"):
         kind = torch.optim.Adam if self.descent == "adam" else torch.optim.SGD
         optimiser = kind([{"params": [d], "lr": rate} for d, rate in zip(deltas, rates, strict=True)])
         again = passes(lm, tokens, [site.name for site in sites], torch.zeros_like(tokens.last))
-        with ExitStack() as stack:
-            for site, delta in zip(sites, deltas, strict=True):
-                stack.enter_context(beside(site.module, lambda x, delta=delta: linear(x, delta)))
+        moved = zip(sites, deltas, strict=True)
+        with hooked(*(adding(site.module, lambda x, delta=delta: linear(x, delta)) for site, delta in moved)):
             for _ in range(self.steps):
                 loss, lead = self._loss(again, tokens)
                 if loss < self.stop or (self.margin is not None and lead >= self.margin):

@@ -7,8 +7,7 @@ the weight as it does for every method. EasyEdit's preset trains with dropout 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..changes import LowRank
 from ..edit import Edit
+from ..effects import Parts
 from ..errors import ErrataError, UsageError
 from ..lm import LM, Site
 from ..method import Method
@@ -28,6 +28,8 @@ from ..patch import Patch
 from ..tokens import Tokens, passage
 
 ADAPTER = "errata"
+WITHIN = "model"
+"""Name under which PEFT finds the model. (Of one of fused experts it would adapt others than were named.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,8 @@ class LoRA(Scaled, Method, name="lora"):
 
     def patch(self, lm: LM, edits: Sequence[Edit], prior: Patch) -> Patch:
         tokens = lm.encode([passage(e, answer=e.target + self.ending) for e in edits])
-        with self._adapted(lm) as (tuner, layers):
+        with lm.hold(Parts(lm.model)):
+            tuner, layers = self._adapted(lm)
             self._train(lm, tuner, layers, tokens)
             found = {name: _change(layer) for name, layer in layers.items()}
         return Patch({name: (change,) for name, change in found.items() if change is not None})
@@ -129,29 +132,20 @@ class LoRA(Scaled, Method, name="lora"):
         apart = [(g - torch.eye(len(g), device=g.device)).norm() for g in grams]
         return self.orthogonal * torch.stack(apart).mean()
 
-    @contextmanager
-    def _adapted(self, lm: LM) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """While inside, PEFT's tuner has the model, and its layers stand where the chosen modules stood."""
+    def _adapted(self, lm: LM) -> tuple[Any, dict[str, Any]]:
+        """PEFT's tuner, and its layers, which now stand where the chosen modules stood."""
+        if any(hasattr(module, "base_layer") for module in lm.model.modules()):
+            raise UsageError(f"{lm.name} already has an adapter of PEFT; merge it into the model, or unload it, first")
         names = self._places(lm)
         kind, config = self._config(lm, names)
-        known = "peft_config" in vars(lm.model)
-        if known or any(hasattr(lm.module(n), "base_layer") for n in names):
-            raise UsageError(f"{lm.name} already has an adapter of PEFT; merge it into the model, or unload it, first")
-        kept = {name: lm.module(name) for name in names}
-        try:
-            tuner = kind(lm.model, config, ADAPTER)
-            layers = {name: lm.module(name) for name in names}
-            for parameter in tuner.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-            for layer in layers.values():
-                layer.lora_dropout.train()
-            yield tuner, layers
-        finally:
-            for name, module in kept.items():
-                parent, _, last = name.rpartition(".")
-                setattr(lm.module(parent), last, module)
-            vars(lm.model).pop("peft_config", None)
+        tuner = kind(nn.ModuleDict({WITHIN: lm.model}), config, ADAPTER)
+        layers = {name: lm.module(name) for name in names}
+        for parameter in tuner.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        for layer in layers.values():
+            layer.lora_dropout.train()
+        return tuner, layers
 
     def _places(self, lm: LM) -> list[str]:
         """The full names of the modules that are adapted."""
@@ -181,7 +175,7 @@ class LoRA(Scaled, Method, name="lora"):
         except ImportError as error:
             raise ErrataError("lora needs PEFT, which is not installed; pip install 'errata[peft]'") from error
         given: dict[str, Any] = {
-            "target_modules": names,
+            "target_modules": [f"{WITHIN}.{name}" for name in names],
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "fan_in_fan_out": all(isinstance(lm.module(n), Conv1D) for n in names),

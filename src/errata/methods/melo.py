@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from ..changes import Blocks
 from ..edit import Edit
+from ..effects import hooked
 from ..lm import LM, Site
 from ..method import Method
 from ..parts import contexts, moments, scope
@@ -31,7 +32,7 @@ from ..parts.scaled import Scaled
 from ..patch import Patch
 from ..replay import in_pass, passes
 from ..tokens import Tokens
-from ..trace import beside, read
+from ..trace import adding, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,12 +190,12 @@ class MELO(Scaled, Method, name="melo"):
 
     def _beside(
         self, sites: Sequence[Site], factors: Sequence[_Factors], tokens: Tokens, block: Tensor, shift: Tensor
-    ) -> ExitStack:
+    ) -> AbstractContextManager[None]:
         """While inside, each row's block works at its places; row i of a pass begins at column `shift[i]`."""
         here = torch.zeros_like(tokens.target)
         here[self._places(tokens)] = True
 
-        def adding(both: _Factors) -> Callable[[Tensor], Tensor]:
+        def block_of(both: _Factors) -> Callable[[Tensor], Tensor]:
             def added(inputs: Tensor) -> Tensor:
                 inputs = inputs.view(len(tokens), -1, inputs.shape[-1])
                 works = in_pass(here, shift, inputs.shape[1])
@@ -202,10 +203,8 @@ class MELO(Scaled, Method, name="melo"):
 
             return added
 
-        with ExitStack() as stack:
-            for site, both in zip(sites, factors, strict=True):
-                stack.enter_context(beside(site.module, adding(both)))
-            return stack.pop_all()
+        parts = zip(sites, factors, strict=True)
+        return hooked(*(adding(site.module, block_of(both)) for site, both in parts))
 
     def _first(self, tokens: Tokens) -> Tensor:
         """(rows,) the first column at which a block works."""

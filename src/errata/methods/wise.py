@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from ..changes import SideMemories, ties
 from ..edit import Edit
+from ..effects import Hook, hooked
 from ..lm import LM, Site
 from ..method import Method
 from ..parts import contexts, moments, scope
@@ -373,11 +374,8 @@ class _Writing:
 
     def loss(self, deltas: Tensor) -> Tensor:
         """(groups,) of what is said, and of the margins that keep what is in scope and what is not apart (eq. 5)."""
-        handle = self.site.module.register_forward_hook(partial(self._write, deltas))
-        try:
+        with hooked(Hook(self.site.module, partial(self._write, deltas))):
             nll = cross_entropy(self.again.logits(*self.tokens.reads), self.tokens.wanted, reduction="none")
-        finally:
-            handle.remove()
         said = nll.new_zeros(len(self.apart)).index_add(0, self.group[self.tokens.reads[0]], nll * self.weight)
         unit = self.size if self.how.scaled else torch.ones_like(self.size)
         near, far, apart = (self._margin(name) / unit for name in self.how.scalable)

@@ -5,14 +5,15 @@ Dai et al. 2022 (Knowledge Neurons), https://arxiv.org/abs/2104.08696, sections 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softmax
 
+from ..effects import Hook, hooked
 from ..lm import LM, Site
 from ..replay import passes
 from ..tokens import Tokens
@@ -57,8 +58,7 @@ def _integrated(lm: LM, site: Site, batch: Tokens, answer: int, actual: Tensor, 
     return actual * slopes / steps
 
 
-@contextmanager
-def _fed(module: nn.Module, given: Tensor, cols: Tensor) -> Iterator[None]:
+def _fed(module: nn.Module, given: Tensor, cols: Tensor) -> AbstractContextManager[None]:
     """While inside, a module's input in column `cols` of each row is `given` (batch, d_in)."""
     rows = torch.arange(len(given), device=given.device)
 
@@ -67,11 +67,7 @@ def _fed(module: nn.Module, given: Tensor, cols: Tensor) -> Iterator[None]:
         into[rows, cols] = given.to(into.dtype)
         return (put(args[0], into), *args[1:])
 
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hooked(Hook(module, hook, before=True))
 
 
 def refine(scores: Sequence[Tensor], threshold: float, share: float, fewest: int, most: int | None) -> list[list[int]]:

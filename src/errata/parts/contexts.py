@@ -20,7 +20,8 @@ def sample(lm: LM, lengths: Sequence[tuple[int, int]], seed: int) -> tuple[str, 
     """
     key = "contexts", tuple(map(tuple, lengths)), seed
     if key not in lm.memo:
-        drawn = [text for length, count in lengths for text in _continue(lm, length, count, seed)]
+        with lm.unedited():
+            drawn = [text for length, count in lengths for text in _continue(lm, length, count, seed)]
         lm.memo[key] = ("{}", *(f"{text}. {{}}" for text in drawn))
     return lm.memo[key]
 

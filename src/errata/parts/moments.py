@@ -102,7 +102,8 @@ def prepare(lm: LM, sites: Sequence[Site], corpus: str, progress: Progress | Non
                 "form": 2,
                 **{k: v for k, v in keys[wanted[0]].items() if k != "moment"},
             }
-            measured = second_moments(lm, wanted, texts(corpus), progress, (store, resume), TOLERANCE)
+            with lm.unedited():
+                measured = second_moments(lm, wanted, texts(corpus), progress, (store, resume), TOLERANCE)
             for name, moment in measured.items():
                 seen = torch.tensor([moment.tokens, moment.change, moment.error], dtype=torch.float64)
                 kept[name] = {"C": moment.C, "seen": seen}

@@ -7,8 +7,8 @@ single edits costs what as many questions cost. Or all edits share one update (`
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,9 +17,10 @@ from torch.nn.functional import kl_div, linear, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data import Case, Probe
+from ..effects import hooked
 from ..lm import LM, Site
 from ..tokens import Tokens, follow
-from ..trace import beside
+from ..trace import adding
 from .taps import nll
 
 ROWS = 2
@@ -94,32 +95,27 @@ def losses(lm: LM, asked: Questions) -> tuple[Tensor, Tensor]:
     return said, kl_div(now, asked.before, log_target=True, reduction="batchmean")
 
 
-@contextmanager
-def own(sites: Sequence[Site], factors: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
+def own(sites: Sequence[Site], factors: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> AbstractContextManager[None]:
     """While inside, every edit's rows see its own update, left^T right.
 
     Args:
         sites: the matrices.
         factors: by matrix: the edit each row belongs to, (m,); left (m, d_out); right (m, d_in).
     """
-    with ExitStack() as stack:
-        for site in sites:
-            owner, left, right = factors[site.name]
-            order, sizes = owner.argsort(stable=True), owner.bincount().tolist()
-            L, R = (pad_sequence(list(t[order].split(sizes)), batch_first=True) for t in (left, right))
+    hooks = []
+    for site in sites:
+        owner, left, right = factors[site.name]
+        order, sizes = owner.argsort(stable=True), owner.bincount().tolist()
+        L, R = (pad_sequence(list(t[order].split(sizes)), batch_first=True) for t in (left, right))
 
-            def added(x: Tensor, L: Tensor = L, R: Tensor = R) -> Tensor:
-                return x.reshape(len(R), -1, x.shape[-1]) @ R.mT @ L
+        def added(x: Tensor, L: Tensor = L, R: Tensor = R) -> Tensor:
+            return x.reshape(len(R), -1, x.shape[-1]) @ R.mT @ L
 
-            stack.enter_context(beside(site.module, added))
-        yield
+        hooks.append(adding(site.module, added))
+    return hooked(*hooks)
 
 
-@contextmanager
-def weights(sites: Sequence[Site], deltas: Mapping[str, Tensor]) -> Iterator[None]:
+def weights(sites: Sequence[Site], deltas: Mapping[str, Tensor]) -> AbstractContextManager[None]:
     """While inside, every row sees the same updates (d_out, d_in), where there are some."""
-    with ExitStack() as stack:
-        for site in sites:
-            if site.name in deltas:
-                stack.enter_context(beside(site.module, lambda x, delta=deltas[site.name]: linear(x, delta)))
-        yield
+    some = [(site, deltas[site.name]) for site in sites if site.name in deltas]
+    return hooked(*(adding(site.module, lambda x, delta=delta: linear(x, delta)) for site, delta in some))

@@ -7,7 +7,6 @@ The gradient of a matrix is the sum over tokens of g k^T, k its input and g the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from ..changes import Dense, LowRank
 from ..edit import Edit
+from ..effects import Hook, hooked
 from ..lm import LM, Site
 from ..replay import FullPasses, Passes, block_of, passes
 from ..tokens import Tokens, passage
@@ -169,9 +169,7 @@ def _tapped(
 
         return hook
 
-    with ExitStack() as stack, torch.enable_grad():
-        for site in sites:
-            stack.callback(site.module.register_forward_hook(nudged(site.name)).remove)
+    with hooked(*(Hook(site.module, nudged(site.name)) for site in sites)), torch.enable_grad():
         loss = lost(run.logits(*tokens.reads), tokens)
         found = torch.autograd.grad(loss.sum(), [nudges[s.name] for s in sites])
     owner, place = _chosen(tokens, which).nonzero(as_tuple=True)

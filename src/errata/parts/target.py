@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from ..edit import Edit
+from ..effects import hooked
 from ..errors import over
 from ..lm import LM
 from ..replay import Passes, passes
 from ..tokens import Passage, Tokens, passage
-from ..trace import rewrite
+from ..trace import rewriting
 from .descend import pull
 from .scaled import Scaled
 from .tail import tail
@@ -229,9 +230,7 @@ class _Descent:
 
             return look
 
-        with ExitStack() as stack:
-            for place in self.places:
-                stack.enter_context(rewrite(self.lm, place, len(self.batch), looker(place)))
+        with hooked(*(rewriting(self.lm, place, len(self.batch), looker(place)) for place in self.places)):
             self.is_a = self._said()[1]
         for place, after in zip(self.places, self.tails, strict=True):
             v = seen[place]
@@ -241,8 +240,7 @@ class _Descent:
             self.units.append(_size(v)[:, None] / v.shape[1] ** 0.5 if own else torch.ones_like(v[:, :1]))
             self.moves.append(torch.zeros_like(v).requires_grad_())
 
-    @contextmanager
-    def _written(self) -> Iterator[None]:
+    def _written(self) -> AbstractContextManager[None]:
         """The deltas added where they belong."""
         rows = torch.arange(len(self.batch), device=self.lm.device)
         owner = self.owner[self.edits].repeat_interleave(self.per)
@@ -256,10 +254,8 @@ class _Descent:
 
             return write
 
-        with ExitStack() as stack:
-            for place, delta in zip(self.places, self.deltas, strict=True):
-                stack.enter_context(rewrite(self.lm, place, len(self.batch), writer(delta)))
-            yield
+        written = zip(self.places, self.deltas, strict=True)
+        return hooked(*(rewriting(self.lm, place, len(self.batch), writer(delta)) for place, delta in written))
 
     def _loss(self) -> Loss:
         """The loss of every delta, the mean over its edits; 0 for those that left the batch."""
