@@ -97,7 +97,7 @@ def patch(lm: LM) -> Patch:
 
 WORK: dict[str, Callable[[LM], Any]] = {
     "edit": lambda lm: errata.GRACE(at=1, steps=1).edit(lm, [EDIT]),
-    "apply": lambda lm: patch(lm).applied(lm).__enter__(),
+    "apply": lambda lm: patch(lm).apply(lm),
     "ask": lambda lm: lm.said(lm.encode([follow("The capital of France is", "Lima")])),
 }
 

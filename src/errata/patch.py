@@ -176,6 +176,7 @@ class Patch:
     def _fitting(self, lm: LM, check: bool) -> Sequence[tuple[str, tuple[Change, ...]]]:
         """The changes, after a look at whether they are for this model."""
         admission.eager(lm.model, lm.name)
+        admission.whole(lm.model, lm.name)
         if check and self.about and self.about["base"]["fingerprint"] != lm.fingerprint:
             raise ErrataError(
                 f"the patch was made for {_base(self)}, this model is {lm.name} ({lm.fingerprint[:8]}); "
