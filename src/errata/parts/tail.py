@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..effects import Hook, hooked
 from ..lm import LM
 from ..replay import block_of
 from ..tokens import Tokens
@@ -29,10 +30,11 @@ class Tail:
         self.lm, self.site, self.block = lm, lm.mlp_out(layer).name, lm.blocks[layer]
         self.at = torch.arange(len(batch), device=lm.device), batch.subject
         called: list[tuple[Any, Any]] = []
-        keep = lm.module(self.block).register_forward_pre_hook(
-            lambda _, args, kwargs: called.append((_copied(args), _copied(kwargs))), with_kwargs=True
-        )
-        with keep:
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            called.append((_copied(args), _copied(kwargs)))
+
+        with hooked(Hook(lm.module(self.block), keep, before=True, kwargs=True)):
             seen = read(lm, [self.site, self.block], batch.until(batch.subject), *self.at)
         ((self.args, self.kwargs),) = called
         self.value = seen[self.site][1].float()
