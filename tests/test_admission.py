@@ -12,11 +12,13 @@ import transformers as T
 from torch import Tensor, nn
 
 import errata
-from errata import LM, Edit, ErrataError, Patch, UsageError
+from errata import LM, Edit, ErrataError, Patch, Probe, UsageError
+from errata.ask import ask
 from errata.changes import LowRank
 from errata.method import method
 from errata.tokens import follow
 from tests import tiny
+from tests.architectures import build
 
 EDIT = Edit("The capital of {} is", "France", "Lima")
 
@@ -77,6 +79,31 @@ def test_what_is_no_causal_model_is_refused():
     t5 = T.T5ForConditionalGeneration(T.T5Config(vocab_size=600, d_model=32, d_ff=64, num_layers=1, num_heads=2))
     with pytest.raises(ErrataError, match="reads by an encoder and answers by a decoder"):
         LM(t5, lm.tokenizer)
+
+
+LOOKED_AT: dict[str, Callable[[LM], Any]] = {
+    "edit": lambda lm: errata.GRACE(at=1, steps=1).edit(lm, [EDIT]),
+    "ask": lambda lm: ask(lm, [Probe("efficacy", EDIT.text, EDIT.target)]),
+    "generate": lambda lm: lm.generate("The capital of France is", 3),
+}
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "prophetnet"])
+@pytest.mark.parametrize("work", LOOKED_AT)
+def test_a_model_that_looks_ahead_is_refused(kind: str, work: str):
+    lm = build(kind)
+    before = tiny.state(lm.model)
+    with pytest.raises(ErrataError, match="does not answer token by token: what it says of a text changes"):
+        LOOKED_AT[work](lm)
+    assert tiny.differences(before, tiny.state(lm.model)) == []
+
+
+def test_an_encoder_that_reads_as_a_decoder_is_taken():
+    lm = build("bert", is_decoder=True)
+    patch = errata.GRACE(at=1, steps=20).edit(lm, [EDIT])
+    before = tiny.probability(lm, EDIT)
+    with patch.applied(lm):
+        assert tiny.probability(lm, EDIT) > before
 
 
 COMPILED: dict[str, Callable[[Any], Any]] = {

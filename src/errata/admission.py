@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ErrataError, UsageError
+from .rounding import alike
 
 
 def admit(model: Any, name: str) -> None:
@@ -24,6 +25,31 @@ def admit(model: Any, name: str) -> None:
         raise ErrataError(f"{name} reads by an encoder and answers by a decoder; errata edits models of decoders alone")
     if model.get_output_embeddings() is None:
         raise ErrataError(f"{name} has no language-modelling head; load it by AutoModelForCausalLM")
+
+
+@torch.no_grad()
+def causal(model: Any, name: str, ids: Tensor) -> None:
+    """Refuse a model that says other things of a text when more follows it, or when it is padded.
+
+    Args:
+        model: in eval mode.
+        name: what it is called.
+        ids: tokens of some text, (length,).
+
+    Raises:
+        ErrataError: it does, as an encoder does that is loaded with a head.
+    """
+    half = len(ids) // 2
+    other = torch.cat([ids[:half], ids[half:].flip(0)])
+    rows, there = torch.stack([ids, other, ids]), torch.ones(3, len(ids), dtype=torch.long, device=ids.device)
+    there[2, half:] = 0
+    want = _logits(model, ids[None, :half], there[:1, :half])[0]
+    for row in _logits(model, rows, there)[:, :half]:
+        if not alike(model.dtype, row, want):
+            raise ErrataError(
+                f"{name} does not answer token by token: what it says of a text changes with what follows or pads it; "
+                "errata edits causal models (the class of an encoder may be one with is_decoder=True in its config)"
+            )
 
 
 def whole(model: nn.Module, name: str) -> None:
@@ -75,3 +101,7 @@ def _library(p: Tensor) -> str:
 def _is_plain(p: Tensor) -> bool:
     """Whether a parameter is one tensor, and not a front for others (DTensor, torchao's)."""
     return getattr(type(p.data), "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
+
+
+def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()

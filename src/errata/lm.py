@@ -34,6 +34,8 @@ ANSWER = 32
 """Tokens that text put before a prompt leaves free for the answer, at least."""
 
 
+SOME_TEXT = "A model that reads from left to right can't know what comes next."
+"""What it is found out on whether one does."""
 NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights that can be written as they are."""
 
@@ -192,8 +194,12 @@ class LM:
         return self.hold(Frozen(self.model))
 
     def asked(self) -> AbstractContextManager[LM]:
-        """While inside, the model is frozen and nothing takes gradients."""
-        return self.hold(Frozen(self.model), gradients(False))
+        """While inside, the model is frozen and nothing takes gradients.
+
+        Raises:
+            ErrataError: it is no causal model.
+        """
+        return ledger.hold(self.ledger, self._asked, self)
 
     def at_work(self) -> AbstractContextManager[LM]:
         """While inside, the unedited model is frozen, other things take gradients, and something may be drawn; then
@@ -201,18 +207,32 @@ class LM:
 
         Raises:
             UsageError: a patch is applied.
+            ErrataError: it is compiled, in pieces, or no causal model.
         """
         return ledger.hold(self.ledger, self._worked_on, self)
 
+    def _asked(self) -> list[Effect]:
+        self._proven_causal()
+        return [Frozen(self.model), gradients(False)]
+
     def _worked_on(self) -> list[Effect]:
         admission.eager(self.model, self.name)
+        admission.whole(self.model, self.name)
         if self.patched:
             raise UsageError(
                 f"{self.name} has a patch applied; take it off (leave its block, or call its `undo`), "
                 "and give it as `prior` to what goes on from it"
             )
+        self._proven_causal()
         devices = {p.device for p in self.model.parameters()}
         return [Frozen(self.model), gradients(True), random_state(devices)]
+
+    def _proven_causal(self) -> None:
+        """Once, on the unedited model."""
+        if "causal" not in self.memo:
+            with self.unedited(), self.hold(Frozen(self.model), gradients(False)):
+                admission.causal(self.model, self.name, self.encode([tokens.Passage(SOME_TEXT)]).ids[0])
+            self.memo["causal"] = True
 
     # What it is
 

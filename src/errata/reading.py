@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .lm import LM
-from .past import Past, Use, alike, empty, hooked, proven, takes
+from .past import Past, Use, empty, hooked, proven, takes
+from .rounding import alike
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ class _Proven:
         def agrees(found: list[Tensor]) -> bool:
             some = _telling([(len(self.prompts[row]), length) for row, length in asked])
             plain = self.again.forced([answers[i] for i in some])
-            return all(alike(self.lm, found[i], want) for i, want in zip(some, plain, strict=True))
+            return all(alike(self.lm.dtype, found[i], want) for i, want in zip(some, plain, strict=True))
 
         found = self._proven("forced", lambda: self.once.forced(answers), lambda _: asked, agrees)
         return self.again.forced(answers) if found is None else found
@@ -144,7 +145,7 @@ def _telling(rows: Sequence[tuple[int, int]]) -> list[int]:
 def _said(lm: LM, said: _Said, row: int, logits: Tensor) -> bool:
     """Whether a row's log-probabilities are those of its tokens by the logits of a plain pass."""
     want = logits.gather(1, torch.tensor(said.ids[row], device=logits.device)[:, None])[:, 0] - logits.logsumexp(1)
-    return alike(lm, want.new_tensor(said.logprobs[row]), want, logits)
+    return alike(lm.dtype, want.new_tensor(said.logprobs[row]), want, logits)
 
 
 class Again:

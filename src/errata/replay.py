@@ -20,7 +20,8 @@ from torch.nn.functional import log_softmax
 
 from . import effects
 from .lm import LM
-from .past import Past, Use, alike, empty, grows, hooked, proven, roomy, takes, tolerance
+from .past import Past, Use, empty, grows, hooked, proven, roomy, takes
+from .rounding import alike, tolerance
 from .tokens import Tokens
 from .trace import outputs_of, rewriting
 
@@ -28,6 +29,7 @@ from .trace import outputs_of, rewriting
 class Passes(Protocol):
     """Passes of one batch through a model whose modules may be hooked."""
 
+    lm: LM
     start: Tensor
     """(batch,) the columns, in the hidden states that hooks see, at which each row begins to change."""
     length: int
@@ -189,8 +191,8 @@ def _agrees(lm: LM, replay: Replay, batch: Tokens, places: Sequence[str], start:
     with torch.no_grad():
         whole = nudge.logits(replay, rows.repeat_interleave(2), reads)
     got, pulled = nudge.pulled(replay.few(rows), number, reads)
-    near = [(g - w).norm() <= tolerance(lm) * w.norm() for g, w in zip(pulled, pull, strict=True)]
-    return alike(lm, whole, want) and alike(lm, got, want) and all(near)
+    near = [(g - w).norm() <= tolerance(lm.dtype) * w.norm() for g, w in zip(pulled, pull, strict=True)]
+    return alike(lm.dtype, whole, want) and alike(lm.dtype, got, want) and all(near)
 
 
 def _telling(batch: Tokens, start: Tensor) -> Tensor:

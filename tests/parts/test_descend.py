@@ -34,7 +34,7 @@ def cut(lm: errata.LM, head: bool) -> errata.LM:
 SUBJECT = ("rome", "memit", "pmet", "alphaedit")
 
 
-@pytest.mark.parametrize("name", [*SUBJECT, "ft", "ft-m", "ft-l", "grace", "melo", "wise"])
+@pytest.mark.parametrize("name", [*SUBJECT, "ft", "ft-m", "ft-l", "grace", "melo", "wise", "ultraedit", "kn"])
 def test_a_model_that_passes_no_gradient_on_is_refused(name: str, corpus_file: str):
     """Where it is the subject that is edited, only attention could carry the gradient there."""
     lm = cut(tiny.lm("llama"), head=name not in SUBJECT)

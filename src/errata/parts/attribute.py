@@ -18,6 +18,7 @@ from ..lm import LM, Site
 from ..replay import passes
 from ..tokens import Tokens
 from ..trace import hidden, put, read
+from .descend import slopes
 
 
 def attribute(lm: LM, sites: Sequence[Site], batch: Tokens, answer: int, steps: int) -> list[Tensor]:
@@ -49,13 +50,13 @@ def _integrated(lm: LM, site: Site, batch: Tokens, answer: int, actual: Tensor, 
     """
     rows, last = torch.arange(len(batch), device=lm.device), batch.last
     run = passes(lm, batch, [site.name], last)
-    slopes = torch.zeros_like(actual)
+    total = torch.zeros_like(actual)
     for step in range(steps):
         scaled = ((step + 0.5) / steps * actual).requires_grad_()
         with _fed(site.module, scaled, run.start):
             said = softmax(run.logits(rows, last), -1)[:, answer]
-        slopes += torch.autograd.grad(said.sum(), scaled)[0]
-    return actual * slopes / steps
+        total += slopes(lm, said, [scaled])[0]
+    return actual * total / steps
 
 
 def _fed(module: nn.Module, given: Tensor, cols: Tensor) -> AbstractContextManager[None]:

@@ -32,10 +32,20 @@ def pull(lm: LM, losses: Tensor, on: Sequence[Tensor]) -> None:
         if t.grad is not None:
             felt |= t.grad.flatten(1).any(1) if losses.ndim else t.grad.any()
     if bool(((losses.detach() > SMALL) & ~felt).any()):
-        raise ErrataError(
-            f"{lm.name} passes no gradient on to where it is edited, so nothing can be searched there; "
-            "some layers compute without one, as 4-bit ones on a CPU do: load it unquantised, or edit it elsewhere"
-        )
+        raise _blocked(lm)
+
+
+def slopes(lm: LM, losses: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of the sum of losses by some tensors.
+
+    Raises:
+        ErrataError: the losses don't hang on one of them.
+    """
+    found = torch.autograd.grad(losses.sum(), of, allow_unused=True) if losses.requires_grad else [None]
+    there = [g for g in found if g is not None]
+    if len(there) < len(of):
+        raise _blocked(lm)
+    return there
 
 
 def leads(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -54,3 +64,10 @@ def entry(site: Site) -> float:
     dtype = next((p.dtype for p in site.module.parameters() if p.is_floating_point()), torch.float16)
     put_out = site.module(draw.to(dtype)).float() - site.module(torch.zeros_like(draw[:1]).to(dtype)).float()
     return (put_out.square().mean() / site.shape[1]).sqrt().item()
+
+
+def _blocked(lm: LM) -> ErrataError:
+    return ErrataError(
+        f"{lm.name} passes no gradient on to where it is edited, so nothing can be searched there; "
+        "some layers compute without one, as 4-bit ones on a CPU do: load it unquantised, or edit it elsewhere"
+    )

@@ -21,6 +21,7 @@ from ..lm import LM, Site
 from ..replay import FullPasses, Passes, block_of, passes
 from ..tokens import Tokens, passage
 from ..trace import hidden, read
+from .descend import slopes
 
 TOKENS = 16_384
 """Tokens in one pass, padding included. Changes the memory, not the result."""
@@ -171,7 +172,7 @@ def _tapped(
 
     with hooked(*(Hook(site.module, nudged(site.name)) for site in sites)), torch.enable_grad():
         loss = lost(run.logits(*tokens.reads), tokens)
-        found = torch.autograd.grad(loss.sum(), [nudges[s.name] for s in sites])
+        found = slopes(run.lm, loss, [nudges[s.name] for s in sites])
     owner, place = _chosen(tokens, which).nonzero(as_tuple=True)
     G = {s.name: hidden(g, len(tokens))[owner, place].float() for s, g in zip(sites, found, strict=True)}
     K = {s.name: given[s.name][owner, place].float() for s in sites}
