@@ -73,6 +73,7 @@ def row(kind: str) -> Row:
     if path:
         lm.mlp_path = path
     found["at"] = f"{path} (the MLP: {why})" if path else "" if layers else f"refused: {why}"
+    _plain(lm, FACT.text, FACT.target)  # BigBird puts other modules in place in its first pass
     before = _digest(lm.model)
     if layers:
         for name, make in settings(layers).items():
@@ -134,7 +135,7 @@ def _edited(lm: LM, method: Method, before: str) -> str:
 def _passes(lm: LM, layer: int) -> str:
     """How an edit's passes are run, when they are right: one row first, then several, then those that stay."""
     name = lm.mlp_out(layer).name
-    with lm.frozen(), torch.no_grad():
+    with lm.asked():
         for some in (EDITS[:1], EDITS):
             batch = lm.encode([passage(e, answer=e.target) for e in some])
             run = passes(lm, batch, [name], batch.subject)

@@ -32,6 +32,10 @@ def test_a_type_is_edited_and_asked_rightly_or_refused_as_the_table_says(kind: s
     assert models.row(kind) == ROWS[kind]
 
 
+def test_every_type_is_right_or_refused():
+    assert [(kind, what) for kind, row in ROWS.items() for what in row if row[what].startswith("wrong")] == []
+
+
 def test_the_table_is_of_every_causal_type():
     page = (models.HERE / "models.md").read_text()
     assert page.endswith(models.table(ROWS))

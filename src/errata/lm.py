@@ -34,7 +34,7 @@ ANSWER = 32
 """Tokens that text put before a prompt leaves free for the answer, at least."""
 
 
-SOME_TEXT = "A model that reads from left to right can't know what comes next."
+SOME_TEXT = "What comes next?"
 """What it is found out on whether one does."""
 NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights that can be written as they are."""
@@ -263,7 +263,8 @@ class LM:
     @property
     def context(self) -> int | None:
         """How many tokens the model can read, where its config says so."""
-        return getattr(self.config, "max_position_embeddings", None)
+        most = getattr(self.config, "max_position_embeddings", None)
+        return most if most and most > 0 else None  # XLNet's config says -1
 
     @cached_property
     def fingerprint(self) -> str:
