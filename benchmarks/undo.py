@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from errata import LM, Edit, Patch
@@ -38,12 +39,16 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 
 
 def tiny(seed: int = 0) -> LM:
-    """A GPT-2 of two blocks, in training mode."""
+    """A GPT-2 of two blocks, in training mode, that reads letters."""
+    letters = {letter: number for number, letter in enumerate("?abcdefghijklmno")}
+    split = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    split.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     shape = dict(vocab_size=16, n_embd=8, n_layer=2, n_head=2, n_positions=16)
     config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LM(transformers.GPT2LMHeadModel(config).train(), None, "tiny")
+        model = transformers.GPT2LMHeadModel(config).train()
+    return LM(model, transformers.PreTrainedTokenizerFast(tokenizer_object=split), "tiny")
 
 
 class State(NamedTuple):

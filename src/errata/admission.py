@@ -37,13 +37,18 @@ def causal(model: Any, name: str, ids: Tensor) -> None:
         ids: tokens of some text, (length,).
 
     Raises:
-        ErrataError: it does, as an encoder does that is loaded with a head.
+        ErrataError: it does, as an encoder does that is loaded with a head; or what it puts out is no number.
     """
     half = len(ids) // 2
     other = torch.cat([ids[:half], ids[half:].flip(0)])
     rows, there = torch.stack([ids, other, ids]), torch.ones(3, len(ids), dtype=torch.long, device=ids.device)
     there[2, half:] = 0
     want = _logits(model, ids[None, :half], there[:1, :half])[0]
+    if want.isnan().any():
+        raise ErrataError(
+            f"{name} puts out nan for a plain text: a weight is no number, or {model.dtype} overflows; "
+            "get the weights anew, or load the model in bfloat16 or float32"
+        )
     for row in _logits(model, rows, there)[:, :half]:
         if not alike(model.dtype, row, want):
             raise ErrataError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,9 +103,7 @@ class UltraEdit(Scaled, Method, name="ultraedit"):
         again = passes(lm, tokens, sorted(blocks, key=blocks.__getitem__), torch.zeros_like(tokens.last))
         best, most = rates, torch.full_like(rates, -torch.inf)
         for _ in range(TRIES):
-            with ExitStack() as undo:
-                for name, made in changes(rates).items():
-                    undo.callback(made.put(lm, name))
+            with lm.hold(*(made.effect_in(lm, name) for name, made in changes(rates).items())):
                 leads = descend.leads(again.logits(*tokens.reads), tokens.wanted)
             lead = most.new_full((len(tokens),), torch.inf).scatter_reduce(0, tokens.reads[0], leads, "amin")
             better = lead > most

@@ -50,7 +50,9 @@ def ordinary(lm: LM, site: Site, corpus: str, most: int) -> Texts:
     """The beginnings of a corpus' first texts, read by the unedited model; kept in `lm.memo`."""
     key = "ordinary", site.name, corpus, most
     if key not in lm.memo:
-        lm.memo[key] = _texts(lm, site, [_beginning(lm, text) for text in islice(moments.texts(corpus), most)])
+        texts = [_beginning(lm, text) for text in islice(moments.texts(corpus), most)]
+        with lm.unedited():
+            lm.memo[key] = _texts(lm, site, texts)
     return lm.memo[key]
 
 
