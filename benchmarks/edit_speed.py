@@ -36,8 +36,8 @@ import errata
 from errata import LM, MEMIT, ROME, Case, Edit
 from errata.bench import run
 from errata.lm import ALMANAC
-from errata.parts import contexts, moments
-from errata.parts.moments import BUILT_IN, Moment
+from errata.parts import contexts, corpus, moments
+from errata.parts.moments import Moment
 
 LONG = {"lengths": ((5, 10), (10, 10)), "steps": 25}
 """ROME's published search: v* over 21 contexts, 25 steps."""
@@ -85,8 +85,8 @@ def flops_of_an_edit(n: int) -> dict[str, Any]:
 def flops_of_moments(texts: int) -> dict[str, Any]:
     """Moments of five layers in one pass, over five full passes that take one layer's each."""
     lm = errata.load("almanac")
-    source, names = list(moments.texts(BUILT_IN))[:texts], [lm.mlp_out(i).name for i in range(5)]
-    mine = _flops(lambda: moments.second_moments(lm, names, source))
+    source, names = list(corpus.texts(corpus.BUILT_IN))[:texts], [lm.mlp_out(i).name for i in range(5)]
+    mine = _flops(lambda: moments.second_moments(lm, names, corpus.tokenized(lm, source)))
     loop = sum(_flops(lambda name=name: _full_pass(lm, name, source)) for name in names)
     return {"ratio": mine / loop, "texts": len(source)}
 

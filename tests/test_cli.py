@@ -521,6 +521,34 @@ def test_stats_are_kept_for_the_next_edit(ok: Any, sh: Any, model: str, corpus_f
     assert f"--set corpus={corpus_file}" in sh("stats", *options, "--layers", "0,2-3").out
 
 
+def test_stats_say_whether_they_converged_and_where_the_text_is(
+    ok: Any, sh: Any, model: str, corpus_file: str, tmp_path: Path, monkeypatch: Any
+):
+    text = Path(corpus_file).read_text()
+    (tmp_path / "some.txt").write_text(text)
+    (tmp_path / "much.txt").write_text("\n".join([text] * 600))
+    monkeypatch.chdir(tmp_path)
+    few, much = (
+        ok("stats", "--model", model, "--layers", "1", "--text", name)["layers"][0] for name in ("some.txt", "much.txt")
+    )
+    assert not few["converged"]
+    assert few["tokens"] / 2 < much["tokens"] < 4 * (few["tokens"] + few["more"])
+    assert much["converged"]
+    assert much["change"] <= 0.1
+    said = sh("stats", "--model", model, "--layers", "1", "--text", "some.txt").out
+    assert "not converged, about" in said
+    assert "tokens more" in said
+    assert f"corpus={tmp_path / 'some.txt'}" in "".join(said.split("\n"))  # holds from every folder
+
+
+def test_stats_are_by_default_of_the_models_own_samples(ok: Any, sh: Any, model: str):
+    found = ok("stats", "--model", model, "--layers", "1")
+    assert found["text"] == "own"
+    assert found["layers"][0]["tokens"] >= 3 * found["layers"][0]["d_in"]
+    assert "edits use it by default" in sh("stats", "--model", model, "--layers", "1").out
+    assert ok("stats", "--layers", "1")["text"] == "almanac"
+
+
 # Looking
 
 

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.pytorch_utils import Conv1D
 
 from . import admission, anatomy, ledger, tokens
@@ -559,17 +559,33 @@ class LM:
         return [lambda ids, _scores: torch.tensor([until(t) for t in self.texts(ids[:, length:])], device=ids.device)]
 
     def continued(
-        self, inputs: Mapping[str, Tensor], stop: Sequence[Callable[..., Tensor]] = (), **settings: Any
+        self,
+        inputs: Mapping[str, Tensor],
+        stop: Sequence[Callable[..., Tensor]] = (),
+        scores: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+        **settings: Any,
     ) -> Tensor:
         """Token ids (batch, seq + new) of left-padded inputs and what follows, by these settings of generation alone.
 
         What a model ships as its own (a repetition penalty, a temperature) would otherwise fill in the others.
+
+        Args:
+            inputs: ids and mask.
+            stop: called with ids and scores, says of every row whether it has gone far enough.
+            scores: called with ids (batch, seq) and scores (batch, vocabulary) of the next token, gives others.
+            settings: those of transformers' `GenerationConfig`.
         """
         stopping: Any = StoppingCriteriaList(stop)  # its annotation asks for a class; it calls what it is given
         having = [m for m in self.model.modules() if "generation_config" in vars(m)]
         plain = [Overlay(m, "generation_config", lambda _own: GenerationConfig()) for m in having]
+        scoring: Any = LogitsProcessorList(scores)
         with self.hold():
-            ends = {"eos_token_id": self.model.generation_config.eos_token_id}
-            how = GenerationConfig(**ends, pad_token_id=tokens.padding(self.tokenizer, self.vocabulary), **settings)
+            ends = {
+                "eos_token_id": self.model.generation_config.eos_token_id,
+                "pad_token_id": tokens.padding(self.tokenizer, self.vocabulary),
+            }
+            how = GenerationConfig(**(ends | settings))
             with self.hold(*plain, kind="pass"):
-                return self.model.generate(**inputs, generation_config=how, stopping_criteria=stopping)
+                return self.model.generate(
+                    **inputs, generation_config=how, stopping_criteria=stopping, logits_processor=scoring
+                )

@@ -15,7 +15,7 @@ import errata
 from errata import Edit
 from errata.methods import EMMET, MEMIT, PMET, AlphaEdit
 from errata.parts import target
-from errata.parts.moments import BUILT_IN, Moment
+from errata.parts.moments import OWN, Moment
 
 REFERENCE = Path(__file__).parents[3] / "shared/reference/gpt2-tiny"
 LENGTHS = ((10, 5),)
@@ -35,7 +35,7 @@ def lm():
     lm.memo["contexts", LENGTHS, 0] = (*bare, *sampled)
     for layer in range(3, 8):
         found = load_file(REFERENCE / f"moments/layer{layer}.safetensors")
-        lm.memo["moment", lm.mlp_out(layer).name, BUILT_IN] = Moment(found["second_moment"], int(found["count"]), 0.0)
+        lm.memo["moment", lm.mlp_out(layer).name, OWN] = Moment(found["second_moment"], int(found["count"]), 0.0)
     return lm
 
 

@@ -18,7 +18,7 @@ import errata
 from errata import FTL, GRACE, LM, ROME, RROME, Edit, Method, Patch
 from errata.parts import target
 from errata.parts.locate import at_subject
-from errata.parts.moments import BUILT_IN, Moment
+from errata.parts.moments import OWN, Moment
 from tests import tiny
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "gpt2-tiny"
@@ -33,7 +33,7 @@ def lm() -> LM:
     lm = errata.load(REFERENCE / "model", device="cpu")
     lm.memo["contexts", LENGTHS, 0] = tuple(json.loads((REFERENCE / "context_templates.json").read_text())["rome"])
     found = load_file(REFERENCE / "moments" / "layer5.safetensors")
-    lm.memo["moment", SITE, BUILT_IN] = Moment(found["second_moment"], int(found["count"]), 0.0)
+    lm.memo["moment", SITE, OWN] = Moment(found["second_moment"], int(found["count"]), 0.0)
     return lm
 
 

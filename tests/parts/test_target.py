@@ -14,7 +14,7 @@ from errata import FT, GRACE, KN, LM, ROME, Edit, UsageError
 from errata.methods import EMMET, MEMIT, PMET, RROME, AlphaEdit
 from errata.parts import contexts, moments, target
 from errata.parts.locate import at_subject
-from errata.parts.moments import BUILT_IN, Moment
+from errata.parts.moments import OWN, Moment
 from errata.parts.tail import tail
 from errata.parts.target import TargetSearch
 from errata.tokens import passage
@@ -304,7 +304,7 @@ def test_emmet_of_one_edit_writes_where_r_rome_does():
     key = at_subject(lm, site.name, EDITS[:1], contexts.sample(lm, ((3, 1),), 0))[0].mean(1)[0]
     for patch in (mean.edit(lm, EDITS[:1]), emmet.edit(lm, EDITS[:1])):
         (change,) = patch.changes[site.name]
-        direction = torch.linalg.solve(lm.memo["moment", site.name, BUILT_IN].C, key)
+        direction = torch.linalg.solve(lm.memo["moment", site.name, OWN].C, key)
         assert near(change.right[0] / change.right.norm(), direction / direction.norm()) < 1e-4
 
 

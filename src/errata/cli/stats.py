@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,9 +22,14 @@ if TYPE_CHECKING:
 
 def stats(
     text: Annotated[
-        str,
-        typer.Option("--text", "-t", help="A text file, .jsonl, a folder of them, or a data set's name on the hub."),
-    ] = "almanac",
+        str | None,
+        typer.Option(
+            "--text",
+            "-t",
+            help="A text file, .jsonl, a folder of them, or a data set's name on the hub; "
+            "by default samples of the model itself.",
+        ),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option("--layers", "-l", help="Which, e.g. 5 or 4-8 or 3,5; default: all.")
     ] = None,
@@ -33,14 +40,18 @@ def stats(
 ) -> None:
     """Take the second moments that ROME, MEMIT and their kin solve with, in one pass, and keep them.
 
-    Edits with --set corpus=TEXT then find them at once. A pass that is stopped goes on where it was.
+    Edits with --set corpus=TEXT then find them at once; those that are taken by default they find as they are. A pass
+    that is stopped goes on where it was, and one that has converged ends.
     """
     wanted = _numbers(layers)
+    from .. import presets
     from ..parts import moments
     from ..store import Store
 
     folder = Store().folder
     lm = shell.load(model, dtype, device)
+    default = presets.settings(("memit",), lm, {"layers"}, tuned=False).get("corpus", moments.OWN)
+    text = _whole(text or default)
     sites = {i: lm.mlp_out(i) for i in (range(len(lm.blocks)) if wanted is None else wanted)}
     shell.written.append(f"what was read so far is kept in {folder}, and the same command goes on from there")
     with _progress() as tell:
@@ -51,7 +62,14 @@ def stats(
         "folder": str(folder),
         "layers": [{"layer": i, "module": site.name, **_known(found[site.name])} for i, site in sites.items()],
     }
-    shell.give(result, lambda: _shown(result), as_json)
+    shell.give(result, lambda: _shown(result, text == default), as_json)
+
+
+def _whole(text: str) -> str:
+    """A path that holds from every folder; a name as it is."""
+    from ..parts.corpus import BUILT_IN, OWN
+
+    return str(Path(text).resolve()) if text not in (OWN, BUILT_IN) and Path(text).exists() else text
 
 
 def _numbers(layers: str | None) -> list[int] | None:
@@ -68,8 +86,9 @@ def _numbers(layers: str | None) -> list[int] | None:
 
 
 def _known(moment: Moment) -> dict[str, Any]:
-    change, error = (None if math.isnan(x) else x for x in (moment.change, moment.error))
-    return {"d_in": len(moment.C), "tokens": moment.tokens, "error": error, "change": change}
+    change, error = (x if math.isfinite(x) else None for x in (moment.change, moment.error))
+    known = {"d_in": len(moment.C), "tokens": moment.tokens, "error": error, "change": change}
+    return known | {"converged": moment.converged, "more": moment.more}
 
 
 @contextmanager
@@ -81,18 +100,31 @@ def _progress() -> Iterator[Callable[[int, float | None], None] | None]:
     with shell.err.status("reading") as status:
 
         def tell(tokens: int, change: float | None) -> None:
-            moved = "" if change is None or math.isnan(change) else f", moved by {change:.1%} since half as many"
+            moved = "" if change is None or math.isnan(change) else f", C^-1 k moved by {change:.0%}"
             status.update(f"read {tokens:,} tokens{moved}")
 
         yield tell
 
 
-def _shown(result: dict[str, Any]) -> list[RenderableType]:
-    table = shell.table(
-        "layer", "matrix", "d_in", "tokens", "error", "moved by", right={"d_in", "tokens", "error", "moved by"}
-    )
+def _shown(result: dict[str, Any], by_default: bool) -> list[RenderableType]:
+    right = {"d_in", "tokens", "error", "still moves"}
+    table = shell.table("layer", "matrix", "d_in", "tokens", "error", "still moves", "converged", right=right)
     for row in result["layers"]:
         shares = ("–" if row[key] is None else f"{row[key]:.1%}" for key in ("error", "change"))
-        table.add_row(str(row["layer"]), markup(row["module"]), str(row["d_in"]), f"{row['tokens']:,}", *shares)
-    note = "[dim]error: of C, relative; moved by: the change of C^-1 k when the tokens last doubled.[/]"
-    return [table, note, f"kept in {markup(result['folder'])}; use it with --set corpus={markup(result['text'])}"]
+        known = str(row["layer"]), markup(row["module"]), str(row["d_in"]), f"{row['tokens']:,}"
+        table.add_row(*known, *shares, _converged(row))
+    note = "[dim]error: of C, relative; still moves: C^-1 k, when there are twice as many tokens.[/]"
+    use = "edits use it by default" if by_default else f"use it with --set {markup(quote('corpus=' + result['text']))}"
+    return [table, note, f"kept in {markup(result['folder'])}; {use}"]
+
+
+def _converged(row: dict[str, Any]) -> str:
+    if row["converged"]:
+        return "converged"
+    more = "too few tokens to say" if row["more"] is None else f"about {_round(row['more']):,} tokens more"
+    return f"not converged, {more}"
+
+
+def _round(count: int) -> int:
+    """To two digits: an estimate is no better."""
+    return round(count, 2 - len(str(count)))

@@ -26,7 +26,8 @@ from ..edit import Edit
 from ..effects import hooked
 from ..lm import LM, Site
 from ..method import Method
-from ..parts import contexts, moments, scope
+from ..parts import contexts, scope
+from ..parts import corpus as sources
 from ..parts.descend import pull
 from ..parts.scaled import Scaled
 from ..patch import Patch
@@ -69,7 +70,7 @@ class MELO(Scaled, Method, name="melo"):
     """What is trained to follow the target, so that the answer ends there: nothing, or a full stop."""
     lengths: tuple[tuple[int, int], ...] = ()
     """Texts before the prompt, which a block is trained after too: (new tokens, count)."""
-    corpus: str = moments.BUILT_IN
+    corpus: str = sources.BUILT_IN
     """Whose tokens are out of scope, for a scaled radius: `almanac`, a text file, .jsonl, a folder, or the name of a
     data set."""
     lines: int = 400

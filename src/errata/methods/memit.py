@@ -34,8 +34,8 @@ class Spread(TargetSearch, Method):
     merge: bool = True
     """Whether edits of one subject get one target together (MEMIT-Merge, Dong et al. 2025, https://arxiv.org/abs/2502.07322);
     the published MEMIT gives each its own, and they overwrite each other."""
-    corpus: str = moments.BUILT_IN
-    """The text file that C is taken on, one text a line; by default the small one that ships with almanac."""
+    corpus: str = moments.OWN
+    """What C is taken on: samples of the model itself (`own`), or a text file, one text a line."""
 
     def prepare(self, lm: LM) -> None:
         contexts.sample(lm, self.lengths, self.seed)

@@ -33,8 +33,8 @@ class ROME(TargetSearch, Method, name="rome"):
     """(new tokens, how many) of the sampled contexts that k* and v* are averaged over, besides the bare prompt."""
     whiten: bool = True
     """Whether C is the second moment of the keys (the paper) or the identity (EasyEdit's settings for 7B models)."""
-    corpus: str = moments.BUILT_IN
-    """The text file that C is taken on, one text a line; by default the small one that ships with almanac."""
+    corpus: str = moments.OWN
+    """What C is taken on: samples of the model itself (`own`), or a text file, one text a line."""
 
     def prepare(self, lm: LM) -> None:
         contexts.sample(lm, self.lengths, self.seed)

@@ -31,7 +31,8 @@ from ..edit import Edit
 from ..effects import Hook, hooked
 from ..lm import LM, Site
 from ..method import Method
-from ..parts import contexts, moments, scope
+from ..parts import contexts, scope
+from ..parts import corpus as sources
 from ..parts.descend import pull
 from ..parts.scaled import Scaled
 from ..patch import Patch
@@ -92,7 +93,7 @@ class WISE(Scaled, Method, name="wise"):
     """Texts before the prompt: (new tokens, count)."""
     others: int = 64
     """Tokens of the corpus, nearest to an edit's own, that count as out of scope."""
-    corpus: str = moments.BUILT_IN
+    corpus: str = sources.BUILT_IN
     """Where they are taken from: `almanac`, a text file, .jsonl, a folder, or the name of a data set."""
     lines: int = 400
     """Texts of it that are read."""

@@ -18,7 +18,7 @@ from ..edit import Edit
 from ..lm import LM, Site
 from ..tokens import Passage, Tokens, batches, passage
 from ..trace import read
-from . import moments
+from . import corpus as sources
 
 BEGINNING = 200
 """Characters of a text of the corpus that are read."""
@@ -50,7 +50,7 @@ def ordinary(lm: LM, site: Site, corpus: str, most: int) -> Texts:
     """The beginnings of a corpus' first texts, read by the unedited model; kept in `lm.memo`."""
     key = "ordinary", site.name, corpus, most
     if key not in lm.memo:
-        texts = [_beginning(lm, text) for text in islice(moments.texts(corpus), most)]
+        texts = [_beginning(lm, text) for text in islice(sources.texts(corpus), most)]
         with lm.unedited():
             lm.memo[key] = _texts(lm, site, texts)
     return lm.memo[key]

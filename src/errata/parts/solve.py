@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 
 
 def factor(C: Tensor) -> Tensor:
-    """The Cholesky factor L of C + eps * mean(diag C) * I, (d, d) float64, with the least eps that keeps it steady."""
+    """The Cholesky factor L of C + eps * mean(diag C) * I, (d, d) float64, with the least eps that keeps it steady.
+
+    Of C, which is symmetric, it reads the diagonal and what is above it.
+    """
     mean = C.diagonal().double().mean()
     failed = torch.empty((), dtype=torch.int32, device=C.device)
     for eps in (0.0, 1e-10, 1e-8, 1e-6, 1e-4):
