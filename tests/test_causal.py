@@ -31,7 +31,9 @@ def by_hand(lm, kind, layers, token, draws=2, answer=None):
         places = restoring.places_of(lm, [kind])[kind]
         scale, here = causal.noise_of(lm, [FACT]), slice(asked.subject.start, asked.subject.stop)
         shape = draws, len(asked.subject), lm.model.get_input_embeddings().weight.shape[1]
-        noise = scale * torch.randn(shape[0] * shape[1], shape[2], generator=torch.Generator().manual_seed(0)).view(shape)
+        noise = scale * torch.randn(shape[0] * shape[1], shape[2], generator=torch.Generator().manual_seed(0)).view(
+            shape
+        )
         ids = asked.batch.ids
         seen = read(lm, places, asked.batch, torch.zeros(ids.shape[1], dtype=torch.long), torch.arange(ids.shape[1]))
 
@@ -276,7 +278,9 @@ def test_a_window_that_only_the_first_layer_fills_is_not_proposed():
 
 
 def test_windows_of_which_none_stands_out_make_nothing_sure():
-    flat = profile(alone=[0.9] + [0.0] * 11, windows=[0.9] * 2 + [0.0] * 10, later=[0.0] * 12, earlier=[0.9] * 2 + [0.0] * 10)
+    flat = profile(
+        alone=[0.9] + [0.0] * 11, windows=[0.9] * 2 + [0.0] * 10, later=[0.0] * 12, earlier=[0.9] * 2 + [0.0] * 10
+    )
     assert causal.propose(flat).sure < 0.7
 
 
@@ -296,7 +300,9 @@ def test_a_scan_reads_a_small_part_of_what_a_map_reads():
     lm = tiny.trained("llama")
     read = [0]
     for name in lm.blocks:
-        forward = lm.module(name).mlp.register_forward_pre_hook(lambda m, a: read.__setitem__(0, read[0] + a[0][..., 0].numel()))
+        forward = lm.module(name).mlp.register_forward_pre_hook(
+            lambda m, a: read.__setitem__(0, read[0] + a[0][..., 0].numel())
+        )
         assert forward
     causal.scan(lm, [FACT], draws=4)
     read[0] = 0

@@ -71,7 +71,7 @@ class Scan(Map):
 
     @property
     def heading(self) -> str:
-        facts = f"{len(self.facts)} facts" if len(self.facts) > 1 else self.facts[0].text
+        facts = f"{len(self.facts)} facts" if len(self.facts) != 1 else next(iter(self.facts)).text
         p = f"p(answer) = {self.clean.mean():.3f} clean, {self.corrupted.mean():.3f} corrupted"
         return f"MLPs at the subject's last token, {facts}: {p}"
 

@@ -195,11 +195,12 @@ class Corrupted:
         hooks = []
         for layer in sorted({layer for layers, _ in states for layer in layers}):
             chosen = torch.tensor([layer in layers for layers, _ in states], device=self.lm.device)
-            state = clean[layer][[token for _, token in states]]
-            back = _Back(*(t.repeat_interleave(self.draws, 0) for t in (state, chosen)), run.start)
+            state = clean[layer][[token for _, token in states]].repeat_interleave(self.draws, 0)
+            back = _Back(state, chosen.repeat_interleave(self.draws, 0), run.start)
             hooks.append(rewriting(self.lm, places[layer], len(run.start), back))
         with hooked(*hooks):
-            return self._p(run.logits(*self._reads(len(run.start)))).view(-1, self.draws).mean(1).cpu()
+            at, cols = self._reads(len(run.start))
+            return self._p(run.logits(at, cols)).view(-1, self.draws).mean(1).cpu()
 
     def _reads(self, rows: int) -> tuple[Tensor, Tensor]:
         """Where the answer's tokens are read in so many rows."""

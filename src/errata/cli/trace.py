@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import RenderableType
@@ -14,9 +14,10 @@ from ..errors import UsageError
 from . import options, shell
 
 if TYPE_CHECKING:
-    from ..causal import Average, Map, Proposal
+    from ..causal import Map, Proposal
     from ..edit import Edit
-    from ..lm import LM
+
+T = TypeVar("T")
 
 
 def trace(
@@ -35,6 +36,9 @@ def trace(
         ),
     ] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Only the first so many facts.")] = None,
+    whole: Annotated[
+        bool, typer.Option("--map", help="Of many facts the average map of all states as well, which takes longer.")
+    ] = False,
     window: Annotated[
         int | None, typer.Option("--window", min=1, help="MLPs or attentions restored at once; by default 10 of 48.")
     ] = None,
@@ -58,12 +62,14 @@ def trace(
         causal.check_drawable(plot)
     lm = shell.load(model, dtype, device)
     settings = {"window": window, "draws": draws, "seed": seed}
+    proposal = None
     if data:
-        found = _averaged(lm, facts, settings)
-        proposal = causal.propose(found)
+        scan = _over(facts, lambda tell: causal.scan(lm, facts, tell, **settings))
+        proposal = causal.propose(scan)
+        found = _over(facts, lambda tell: causal.average(lm, facts, tell, **settings)) if whole else scan
     else:
         with shell.working(f"tracing {facts[0].text}"):
-            found, proposal = causal.trace(lm, facts[0], answer, **settings), None
+            found = causal.trace(lm, facts[0], answer, **settings)
     if plot:
         found.plot(plot)
     given = {"model": {"name": lm.name, "fingerprint": lm.fingerprint}, **found.to_dict()}
@@ -90,12 +96,12 @@ def _facts(prompt: str | None, subject: str | None, answer: str | None, data: st
     return [Edit(prompt, subject, answer or "?")]
 
 
-def _averaged(lm: LM, facts: Sequence[Edit], settings: dict[str, Any]) -> Average:
-    from .. import causal
+def _over(facts: Sequence[Edit], work: Callable[[Callable[[int, int], None] | None], T]) -> T:
+    """What is found over many facts, with a bar."""
     from .measure import progress
 
     with progress("tracing facts", len(facts)) as tell:
-        return causal.average(lm, facts, tell, **settings)
+        return work(tell)
 
 
 def _views(found: Map, proposal: Proposal | None, plot: Path | None) -> list[RenderableType]:

@@ -31,8 +31,8 @@ from .corpus import BUILT_IN, OWN
 log = logging.getLogger(__name__)
 
 MOST = 65_536
-"""Tokens at most between two places at which the pass can be resumed. Convergence is looked at when there are twice as
-many tokens as k has entries, and whenever they have doubled (or at the end, if they are half as many again)."""
+"""Tokens at most between two places at which the pass can be resumed. Convergence is looked at when there are twice
+as many tokens as k has entries, and whenever they have doubled (or at the end, if they are half as many again)."""
 TOKENS = 8192
 """Tokens in one pass, padding included."""
 BLOCK = 256
@@ -57,9 +57,9 @@ class Moment:
     tokens: int
     """Over how many the mean was taken."""
     change: float
-    """How much C^-1 k moved when the tokens last doubled, relative, which is also its standard error; nan if unknown."""
+    """How much C^-1 k moved when the tokens last doubled, relative: its standard error; nan if unknown."""
     error: float = float("nan")
-    """The standard error of C, relative to its norm, if texts are independent of each other; nan if unknown, and inf of
+    """The standard error of C, relative to its norm, if texts are independent of each other; nan if unknown, inf of
     a single text."""
 
     @property
@@ -106,9 +106,7 @@ def give(lm: LM, site: Site, moment: Moment, corpus: str = OWN) -> None:
     lm.memo["moment", site.name, corpus] = moment
 
 
-def prepare(
-    lm: LM, sites: Sequence[Site], corpus: str = OWN, progress: Progress | None = None
-) -> dict[str, Moment]:
+def prepare(lm: LM, sites: Sequence[Site], corpus: str = OWN, progress: Progress | None = None) -> dict[str, Moment]:
     """Have the second moments of sites at hand: from memory, from the store, or by one pass over the corpus.
 
     Args:
