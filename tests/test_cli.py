@@ -497,8 +497,16 @@ def test_trace_of_one_fact(ok: Any, sh: Any, model: str, tmp_path: Path):
 def test_trace_of_many_facts_proposes_layers(ok: Any, sh: Any, model: str, cases: Path):
     found = ok("trace", "--data", cases, "--model", model, "--draws", "2")
     assert found["facts"] == 2
+    assert set(found["profile"]) == {"window", "inner", "alone"}
     assert found["proposal"]["peak"] in found["proposal"]["layers"]
     assert "edit at" in sh("trace", "--data", cases, "--model", model, "--draws", "1").out
+
+
+def test_trace_of_many_facts_shows_the_average_map_where_asked(ok: Any, model: str, cases: Path):
+    many = ["trace", "--data", cases, "--model", model, "--draws", "1"]
+    found = ok(*many, "--map")
+    assert set(found["effects"]) == {"hidden", "mlp", "attention"}
+    assert found["proposal"] == ok(*many)["proposal"]
 
 
 def test_trace_that_cannot_be_drawn_is_refused_before_the_work(sh: Any, no_model: None, tmp_path: Path):
@@ -508,6 +516,7 @@ def test_trace_that_cannot_be_drawn_is_refused_before_the_work(sh: Any, no_model
     refused(sh("trace", "--data", "counterfact-mini", "--subject", SUBJECT), 2, "--data has the facts")
     refused(sh("trace", PROMPT), 2, "give a fact")
     refused(sh(*fact, "--n", "3"), 2, "--n counts the facts of --data")
+    refused(sh(*fact, "--map"), 2, "--map averages the facts of --data")
 
 
 def test_stats_are_kept_for_the_next_edit(ok: Any, sh: Any, model: str, corpus_file: str, monkeypatch: Any):
@@ -544,7 +553,7 @@ def test_stats_say_whether_they_converged_and_where_the_text_is(
 def test_stats_are_by_default_of_the_models_own_samples(ok: Any, sh: Any, model: str):
     found = ok("stats", "--model", model, "--layers", "1")
     assert found["text"] == "own"
-    assert found["layers"][0]["tokens"] >= 3 * found["layers"][0]["d_in"]
+    assert found["layers"][0]["tokens"] >= 2 * found["layers"][0]["d_in"]
     assert "edits use it by default" in sh("stats", "--model", model, "--layers", "1").out
     assert ok("stats", "--layers", "1")["text"] == "almanac"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import RenderableType
@@ -32,17 +32,23 @@ def trace(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", "-d", help="Many facts, averaged: counterfact-mini (built in), or a JSON or JSON-lines file."
+            "--data",
+            "-d",
+            help="Many facts, to propose layers by the MLPs at the subject's last token: counterfact-mini (built in), "
+            "or a JSON or JSON-lines file.",
         ),
     ] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Only the first so many facts.")] = None,
     whole: Annotated[
-        bool, typer.Option("--map", help="Of many facts the average map of all states as well, which takes longer.")
+        bool, typer.Option("--map", help="With --data: show the average map of all states, which takes longer.")
     ] = False,
     window: Annotated[
         int | None, typer.Option("--window", min=1, help="MLPs or attentions restored at once; by default 10 of 48.")
     ] = None,
-    draws: Annotated[int, typer.Option("--draws", min=1, help="How many times noise is drawn.")] = 10,
+    draws: Annotated[
+        int | None,
+        typer.Option("--draws", min=1, help="How many times noise is drawn; by default 10, for a proposal 4."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the noise.")] = 0,
     plot: Annotated[
         Path | None, typer.Option("--plot", "-o", help="Where to draw the map: .png, .svg or .pdf.")
@@ -54,14 +60,14 @@ def trace(
     as_json: options.Json = False,
 ) -> None:
     """Show which states carry a fact from subject to answer; over many facts, propose the layers to edit."""
-    facts = [replace(fact, chat=fact.chat or chat) for fact in _facts(prompt, subject, answer, data, n)]
+    facts = [replace(fact, chat=fact.chat or chat) for fact in _facts(prompt, subject, answer, data, n, whole)]
     shell.check_writable(plot)
     from .. import causal
 
     if plot:
         causal.check_drawable(plot)
     lm = shell.load(model, dtype, device)
-    settings = {"window": window, "draws": draws, "seed": seed}
+    settings: dict[str, Any] = {"window": window, "seed": seed} | ({"draws": draws} if draws else {})
     proposal = None
     if data:
         scan = _over(facts, lambda tell: causal.scan(lm, facts, tell, **settings))
@@ -77,12 +83,16 @@ def trace(
     shell.give(given, lambda: _views(found, proposal, plot), as_json)
 
 
-def _facts(prompt: str | None, subject: str | None, answer: str | None, data: str | None, n: int | None) -> list[Edit]:
+def _facts(
+    prompt: str | None, subject: str | None, answer: str | None, data: str | None, n: int | None, whole: bool
+) -> list[Edit]:
     """The facts. What they would be edited to plays no part."""
     from ..edit import Edit
 
     if data and (prompt or subject or answer):
         raise UsageError("--data has the facts; leave the prompt, --subject and --answer out")
+    if whole and not data:
+        raise UsageError("--map averages the facts of --data; of one fact the map is shown anyway")
     if n is not None and not data:
         raise UsageError("--n counts the facts of --data; leave it out, or name the facts")
     if data:
@@ -110,7 +120,7 @@ def _views(found: Map, proposal: Proposal | None, plot: Path | None) -> list[Ren
         layers = ", ".join(map(str, proposal.layers))
         where = shell.grid(
             ("edit at", f"layer {proposal.peak} (one-layer methods), or layers {layers}"),
-            ("because", f"MLPs there bring back {proposal.effect:.3f} of p(answer) at the subject's last token"),
+            ("because", f"MLPs there bring back {proposal.effect:.3f} of the {proposal.lost:.3f} that p(answer) lost"),
             ("sure", f"{proposal.sure:.0%} of resamples of the {proposal.facts} facts have their peak there"),
         )
         views += ["", where]

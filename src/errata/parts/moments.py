@@ -40,7 +40,8 @@ BLOCK = 256
 PROBES = 64
 """Keys on which convergence is measured."""
 TOLERANCE = 0.1
-"""Relative error of C^-1 k at which the pass ends. What an update by it does to other keys is within 1% of the least."""
+"""Relative error of C^-1 k at which the pass ends. What an update by it does to other keys is then within 1% of the
+least."""
 ROUGH = 0.5
 """Relative standard error of C from which on it is warned of."""
 
