@@ -48,7 +48,8 @@ def test_every_count_is_of_the_questions_that_were_asked(lm: LM, patch: Patch):
             assert row["after"].startswith(FIRST.target), "the edit takes in other words"
         else:
             assert FIRST.subject not in row["prompt"]
-            assert row["prompt"].startswith("The capital of ") and row["prompt"].endswith(" is")
+            assert row["prompt"].startswith("The capital of ")
+            assert row["prompt"].endswith(" is")
             if row["before"] == row["after"]:
                 assert row["good"]
 
