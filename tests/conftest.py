@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import errata
-from errata import LM, pretrained
+from errata import LM, presets, pretrained
 from tests import tiny
 
 torch.set_num_threads(1)  # on tiny models, more threads are slower
@@ -22,6 +23,20 @@ settings.load_profile("untimed")
 
 FETCHED = pretrained.folder("").absolute()
 """Where `errata models` puts them, in the user's own store."""
+
+
+@pytest.fixture(autouse=True)
+def _nobody_warned():
+    """What a process says once, every test may hear."""
+    presets._warned.clear()
+
+
+@pytest.fixture
+def uncollected():
+    """No garbage is collected: hypothesis looks on when it is, and an interrupt that comes then is lost in its code."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -172,7 +172,7 @@ def test_edit_says_in_words_what_it_did(sh: Any, editing: list[str], model: str)
     assert "not saved; --save FILE keeps it" in done.out
     assert len(done.lines) == 1, done.err
     (warning,) = done.lines
-    assert warning.startswith(f"warning: rome has no published settings for {model}")
+    assert warning.startswith(f"warning: {model} has no published settings")
 
 
 def test_edit_that_did_not_take_is_a_failure_and_nothing_is_saved(sh: Any, model: str, tmp_path: Path):

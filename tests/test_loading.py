@@ -218,7 +218,7 @@ def test_a_gguf_file_or_the_folder_that_holds_one_is_a_plain_model(packed: Path,
 
 
 def test_a_preset_knows_a_gguf_file_by_its_config(packed: Path):
-    with pytest.warns(UserWarning, match="those for any model, which put at = 1"):
+    with pytest.warns(UserWarning, match=r"those for any model \(grace: at = 1\)"):
         assert errata.GRACE.preset(str(packed)).at == 1
 
 

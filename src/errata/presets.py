@@ -148,12 +148,16 @@ def _scaled(lineage: Sequence[str], config: Any, known: Collection[str]) -> dict
     return found
 
 
+_warned: set[str] = set()
+"""Models of which this process has said that they are not listed."""
+
+
 def _warn(method: str, name: str, places: Mapping[str, Any]) -> None:
-    if places:
+    if places and name not in _warned:
+        _warned.add(name)
         where = " and ".join(f"{field} = {place}" for field, place in places.items())
         warnings.warn(
-            f"{method} has no published settings for {name}; "
-            f"it gets those for any model, which put {where}; "
+            f"{name} has no published settings: methods get those for any model ({method}: {where}); "
             f"`errata tune {name} --method {method}` finds better ones",
             stacklevel=5,
         )
