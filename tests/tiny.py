@@ -16,9 +16,12 @@ import torch
 import transformers as T
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from errata import LM, Case, Edit, Method, Probe, tokens
+from errata import LM, Case, Edit, Method, Probe
 from errata.parts.target import TargetSearch
+from errata.testing import differences, logits, probability, same_bits, state
 from errata.train import Course
+
+__all__ = ["differences", "logits", "probability", "same_bits", "state"]  # what tests ask for by `tiny.`
 
 T.logging.set_verbosity_error()
 
@@ -233,56 +236,3 @@ def editor(method: type[Method], lm: LM, settings: dict[str, Any]) -> str:
 
 
 # What must come back, and what is asked
-
-
-def state(model: Any) -> dict[str, Any]:
-    """Everything an edit could leave behind: parameters and buffers, modes, what takes gradients, hooks."""
-    modules = dict(model.named_modules())
-    return {
-        "numbers": {k: v.detach().clone() for k, v in [*model.named_parameters(), *model.named_buffers()]},
-        "modes": {n: m.training for n, m in modules.items()},
-        "wanting": {n: p.requires_grad for n, p in model.named_parameters()},
-        "gradients": [n for n, p in model.named_parameters() if p.grad is not None],
-        "hooks": {
-            n: [(k, list(v)) for k, v in vars(m).items() if k.endswith("_hooks") and v] for n, m in modules.items()
-        },
-    }
-
-
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Names of what is not as it was, to the bit."""
-    a, b = before["numbers"], after["numbers"]
-    out = [k for k in a.keys() | b.keys() if k not in a or k not in b or not same_bits(a[k], b[k])]
-    return out + [k for k in before if k != "numbers" and before[k] != after[k]]
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are equal to the bit (also where NaN is, and the sign of 0)."""
-    raw = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
-
-
-@torch.no_grad()
-def probability(lm: LM, edit: Edit) -> float:
-    """The geometric mean of p(token) over the target's tokens, by a plain forward pass over joined text; through the LM
-    where a patch changes what is asked or who answers."""
-    if lm.readers:
-        batch = lm.encode([tokens.passage(edit, answer=edit.target)])
-        return lm.said(batch).log_softmax(-1).gather(1, batch.wanted[:, None]).mean().exp().item()
-    head = lm.tokenizer(edit.text, add_special_tokens=True)["input_ids"]
-    ids = lm.tokenizer(f"{edit.text} {edit.target}", add_special_tokens=True)["input_ids"]
-    logits = lm.model(torch.tensor([ids], device=lm.device)).logits[0].float()
-    at = range(len(head), len(ids))
-    return logits.log_softmax(-1)[[i - 1 for i in at], [ids[i] for i in at]].mean().exp().item()
-
-
-@torch.no_grad()
-def logits(lm: LM, *texts: str) -> torch.Tensor:
-    """What the model says after each text, by a plain forward pass (or through the LM, as in `probability`);
-    (texts, vocabulary)."""
-    if lm.readers:
-        batch = lm.encode([tokens.follow(t, "Paris") for t in texts])
-        first = batch.target.sum(1).cumsum(0) - batch.target.sum(1)
-        return lm.said(batch)[first].to(lm.dtype)
-    out = [lm.model(torch.tensor([lm.tokenizer(t)["input_ids"]], device=lm.device)).logits[0, -1] for t in texts]
-    return torch.stack(out)

@@ -32,7 +32,7 @@ _WHERE = {
     "Report": "bench",
 }
 """Public names and the modules they are in; what types they have stands in `__init__.pyi`."""
-_MODULES = ("data", "changes", "check", "filters", "bench", "causal", "export", "history")
+_MODULES = ("data", "changes", "check", "filters", "bench", "causal", "export", "history", "testing")
 
 __all__ = ["Edit", "ErrataError", "UsageError", "methods", *_WHERE, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -6,6 +6,7 @@ from . import data as data
 from . import export as export
 from . import filters as filters
 from . import history as history
+from . import testing as testing
 from .bench import Report as Report
 from .data import Case as Case
 from .data import Probe as Probe
