@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from . import text as texts
-from .errors import UsageError
+from .errors import UsageError, short
 
 PLACE = re.compile(r"\{\{\}\}|\{\}")
 """The place of the subject in a prompt, `{}`, or braces that are text, `{{}}`."""
@@ -56,8 +56,9 @@ class Edit:
         places = _places(self.prompt)
         if len(places) == 1:
             if self._named_beside(*places[0].span()):
+                prompt, subject = short(self.prompt), short(self.subject)
                 raise UsageError(
-                    f"the prompt {self.prompt!r} has a place {{}} and names the subject {self.subject!r} as well; "
+                    f"the prompt {prompt!r} has a place {{}} and names the subject {subject!r} as well; "
                     "write {{}} for braces that are text, or the subject's name in place of {}"
                 )
             return Template(self.prompt.strip(" "))
@@ -78,10 +79,11 @@ class Edit:
 
     def _without_place(self, places: int) -> str:
         """Why the prompt has no place for the subject, or too many."""
+        prompt, subject = short(self.prompt), short(self.subject)
         if places > 1:
-            return f"the prompt {self.prompt!r} has {places} places {{}}; it takes one (write {{{{}}}} for braces)"
+            return f"the prompt {prompt!r} has {places} places {{}}; it takes one (write {{{{}}}} for braces)"
         part = "only as a part of a word" if self.subject in self.prompt else "not"
-        return f"the subject {self.subject!r} is {part} in the prompt {self.prompt!r}; write {{}} where it stands"
+        return f"the subject {subject!r} is {part} in the prompt {prompt!r}; write {{}} where it stands"
 
     @property
     def around(self) -> tuple[str, str]:

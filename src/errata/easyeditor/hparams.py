@@ -79,9 +79,9 @@ class HyperParams:
             named = found if isinstance(found, str) else said(found)
             raise UsageError(f"the file is for {named}, and {type(self).__name__} is for {self.alg_name}")
         self._refuse_unusable(values)
-        self.ignored = self._explained(flat(values))
+        self.ignored = self._explained(flat(self.keys, values))
         """Keys that change nothing, and why."""
-        fields(self.keys, flat(values))
+        fields(self.keys, flat(self.keys, values))
         self.__dict__.update({key: number(value) for key, value in values.items()})
 
     def _refuse_unusable(self, values: Fields) -> None:
@@ -120,7 +120,7 @@ class HyperParams:
 
     def settings(self, lm: LM) -> Fields:
         """The fields of the errata method that the file sets."""
-        found, known = fields(self.keys, flat(vars(self))), hints(self.method)
+        found, known = fields(self.keys, flat(self.keys, vars(self))), hints(self.method)
         found |= self.method.checked({name: value for name, value in found.items() if name in known})
         self._check_places(lm, found)
         return found

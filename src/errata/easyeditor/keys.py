@@ -85,11 +85,13 @@ def _read(read: Reader, key: str, value: Any, values: Values) -> Fields:
         raise UsageError(f"{key} is {said(value)}, which is none that errata can read") from error
 
 
-def flat(values: Values, under: str = "") -> Fields:
-    """The values with those of nested keys beside the others, and numbers that YAML took for text as numbers."""
+def flat(keys: Keys, values: Values, under: str = "") -> Fields:
+    """The values, those of groups with keys of their own (`grace.num_iter`) beside the others; numbers as numbers."""
     found: Fields = {}
     for key, value in values.items():
-        found |= flat(value, f"{under}{key}.") if isinstance(value, Mapping) else {f"{under}{key}": number(value)}
+        name = f"{under}{key}"
+        group = isinstance(value, Mapping) and any(known.startswith(f"{name}.") for known in keys)
+        found |= flat(keys, value, f"{name}.") if group else {name: number(value)}
     return found
 
 
