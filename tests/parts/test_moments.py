@@ -315,6 +315,7 @@ def test_a_moment_is_warned_of_by_its_own_error_once_and_with_what_to_do(lm, tmp
         assert not told
         for layer in (0, 1):
             moments.prepare(lm, [lm.mlp_out(layer)], str(tmp_path / "short.txt"))
+        moments.prepare(lm, [lm.mlp_out(0)])  # how many samples of its own are drawn is no user's doing
     (one,) = [str(w.message) for w in told]
     assert "standard error" in one
     assert "errata stats --model tiny-gpt2 --text FILE" in one

@@ -122,19 +122,22 @@ class GRACE(Scaled, Method, name="grace"):
         optimiser = torch.optim.Adam([moved], lr=self.rate)
         first = last if self.placement == "last" else torch.zeros_like(last)
         again = passes(lm, tokens, [site.name], first)
+        rows = torch.arange(len(tokens), device=lm.device)
 
         def write(output: Tensor) -> Tensor:
-            cols = torch.arange(output.shape[1], device=output.device) + (first - again.start)[:, None]
-            here = (cols >= first[:, None]) & (cols <= last[:, None])
-            values = (begin + unit * moved)[edit]
+            cols = torch.arange(output.shape[1], device=output.device) + (first[rows] - again.start)[:, None]
+            here = (cols >= first[rows, None]) & (cols <= last[rows, None])
+            values = (begin + unit * moved)[edit[rows]]
             return torch.where(here[..., None], values[:, None].to(output.dtype), output)
 
-        share = 1 / (tokens.target.sum(1) * edit.bincount()[edit])[tokens.reads[0]]
+        share = 1 / (tokens.target.sum(1) * edit.bincount()[edit])
         todo = torch.ones(len(own), dtype=torch.bool, device=lm.device)
         for _ in range(self.steps):
-            with rewrite(lm, site.name, len(tokens), write):
-                nll = cross_entropy(again.logits(*tokens.reads), tokens.wanted, reduction="none")
-            loss = nll.new_zeros(len(own)).index_add(0, edit[tokens.reads[0]], nll * share)
+            some = tokens[rows]
+            with rewrite(lm, site.name, len(rows), write):
+                nll = cross_entropy(again.logits(*some.reads), some.wanted, reduction="none")
+            of = rows[some.reads[0]]
+            loss = nll.new_zeros(len(own)).index_add(0, edit[of], nll * share[of])
             todo &= ~(loss.detach() <= self.stop)  # one that is no number is none either
             if not todo.any():
                 break
@@ -144,4 +147,8 @@ class GRACE(Scaled, Method, name="grace"):
             optimiser.step()
             with torch.no_grad():
                 moved.copy_(moved.where(todo[:, None], before))
+            left = todo[edit[rows]]
+            if not left.all():
+                again.keep(left.nonzero()[:, 0])
+                rows = rows[left]
         return (begin + unit * moved).detach()

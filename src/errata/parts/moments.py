@@ -142,7 +142,8 @@ def prepare(lm: LM, sites: Sequence[Site], corpus: str = OWN, progress: Progress
             tokens, change, error = found["seen"].tolist()
             lm.memo["moment", name, corpus] = Moment(found["C"], int(tokens), change, error)
     found = {s.name: lm.memo["moment", s.name, corpus] for s in sites}
-    _warn_if_rough(lm, max(found.values(), key=lambda moment: moment.error))
+    if corpus != OWN:  # how many samples are drawn is no user's doing, and was measured
+        _warn_if_rough(lm, max(found.values(), key=lambda moment: moment.error))
     return found
 
 
