@@ -135,6 +135,19 @@ def test_a_block_is_entered_once(lm: LM):
         pass
 
 
+def test_a_block_that_nobody_holds_is_told_to_be_none(lm: LM):
+    """It would be over at once, and the patch off, in silence."""
+    before = tiny.state(lm.model)
+    with pytest.raises(UsageError, match="nobody holds this block"):
+        patch(lm, 1).applied(lm).__enter__()
+    assert tiny.differences(before, tiny.state(lm.model)) == []
+    held = patch(lm, 1).applied(lm)
+    held.__enter__()
+    assert tiny.differences(before, tiny.state(lm.model)) != []
+    del held
+    assert tiny.differences(before, tiny.state(lm.model)) == []
+
+
 def test_a_kind_that_sees_to_its_own_undo_is_taken_at_its_word(lm: LM):
     class Own(LowRank, kind="own"):
         def attach(self, site: Any) -> Callable[[], None]:

@@ -26,6 +26,8 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from .errors import UsageError
+
 log = logging.getLogger(__name__)
 
 KEY = "_errata"
@@ -249,9 +251,14 @@ class _Block(io.IOBase):
 
     def __enter__(self) -> Any:
         entry, value, caller = self.entry, self.value, sys._getframe(1)
-        del self  # an interrupted return must not hold the block either
         if not entry.open:
             raise RuntimeError("this block was entered before; make another one")
+        del self  # an interrupted return must not hold the block either
+        if not entry.open:
+            raise UsageError(
+                "nobody holds this block, so it would end where it begins; write `with`, or `patch.apply(lm)` to leave "
+                "a patch on"
+            )
         entry.frame = id(caller), caller.f_code
         try:
             entry.begin()
