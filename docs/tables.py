@@ -1,7 +1,7 @@
 """What is written into the site when it is built: the list of methods, and on each method's page its facts.
 
 `<!-- facts -->`, `<!-- settings -->` and `<!-- measured -->` in a page of docs/methods are replaced by tables that are
-read from the registry, the docstrings under the method's fields, the presets and `measured.json`.
+read from the registry, the docstrings under the method's fields, the presets and `measured/`.
 """
 
 from __future__ import annotations
@@ -74,10 +74,12 @@ def options(method: type[Method]) -> str:
 
 
 def measured(method: type[Method]) -> str:
-    """What it did to almanac."""
-    found = _figures().get("methods", {}).get(method.name)
-    if found is None:
-        return f"Not measured yet: `errata bench --method {method.name}` does it."
+    """What it did to each model."""
+    parts = [_measured(model, one) for model in MODELS if (one := _figures(model)["methods"].get(method.name))]
+    return "\n\n".join(parts) or f"Not measured yet: `errata bench --method {method.name}` does it."
+
+
+def _measured(model: str, found: dict[str, Any]) -> str:
     found = {regime: found[regime] for regime in REGIMES if regime in found}
     rows = [
         (regime if i == 0 else "", f"`{protocol}`", *(_mean(one["summary"][m][protocol]) for m in METRICS))
@@ -86,22 +88,25 @@ def measured(method: type[Method]) -> str:
     ]
     costs = [(regime, *(said for _, said in words.costs(one))) for regime, one in found.items()]
     return (
-        f"{_how()} Means with their 95% intervals:\n\n"
+        f"### On {MODELS[model]}\n\n{_how(model)} Means with their 95% intervals:\n\n"
         + _table(("regime", "protocol", *METRICS), rows)
         + "\n\nWhat it cost, over all records (seconds are of the machine it ran on):\n\n"
         + _table(("regime", *words.COSTS.values()), costs)
     )
 
 
-def _how() -> str:
+def _how(model: str) -> str:
     """How the figures were obtained."""
-    about = _figures()["about"]
+    about = _figures(model)["about"]
     n, tuned = about["data"]["n"], about["tuned"]
+    which = (
+        f"Records {tuned} to {n - 1} of counterfact-mini, on which no preset was tuned, of a run over the first {n}"
+        if tuned
+        else f"{n} facts of CounterFact's edit part that the model knows, with default presets"
+    )
     return (
-        f"Records {tuned} to {n - 1} of counterfact-mini, on which no preset was tuned, of a run over the first {n}: "
-        f"each by itself (single), all {n} at once (batch), and all {n} one after another, asked when all were made "
-        "(sequential). almanac is a small model that was made to be edited: the figures compare methods, they don't "
-        "promise anything about yours."
+        f"{which}: each by itself (single), all {n} at once (batch), and all {n} one after another, asked when all "
+        "were made (sequential)."
     )
 
 
@@ -115,39 +120,42 @@ def overview() -> str:
 
 
 def compared() -> str:
-    """Methods side by side, as a user would see their answers."""
-    return f"{_how()}\n\n{overall('methods/')}" if _figures() else overall()
+    """Methods side by side on each model, as a user would see their answers."""
+    there = [model for model in MODELS if _figures(model)["methods"]]
+    return "\n\n".join(f"### {MODELS[model]}\n\n{_how(model)}\n\n{overall(model, 'methods/')}" for model in there)
 
 
-def overall(folder: str = "docs/methods/") -> str:
-    """A line for each method: what its edits do in each regime, and what one costs."""
-    if not _figures():
-        return "Not measured on this almanac yet."
+def overall(model: str, folder: str = "docs/methods/") -> str:
+    """A line for each method: what its edits do to a model in each regime, and what one costs."""
+    if not _figures(model)["methods"]:
+        return f"Not measured on this {model} yet."
     rows = []
     for name in errata.methods():
-        found = _figures()["methods"].get(name, {})
+        found = _figures(model)["methods"].get(name, {})
         if "single" in found:
             cost = dict(zip(words.COSTS, words.costs(found["single"]), strict=True))
             of_all = [_means(found.get(regime)) for regime in REGIMES]
             rows.append(
                 (f"[{name}]({folder}{name}.md)", *of_all, cost["processor_per_edit"][1], cost["bytes_per_edit"][1])
             )
-    n = _figures()["about"]["data"]["n"]
+    n = _figures(model)["about"]["data"]["n"]
     return _table(("method", "single", f"{n} at once", f"{n} in sequence", "processor time", "size"), rows)
 
 
-def in_readme(text: str, table: str) -> str:
-    """The README with this table between its marks."""
-    before, _, rest = text.partition(f"{BEGIN}\n")
-    _, _, after = rest.partition(f"\n{END}")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+def in_readme(text: str, model: str) -> str:
+    """The README with a model's table between its marks."""
+    begin, end = f"<!-- figures of {model} -->", f"<!-- end of {model} -->"
+    before, _, rest = text.partition(f"{begin}\n")
+    _, _, after = rest.partition(f"\n{end}")
+    return f"{before}{begin}\n{overall(model)}\n{end}{after}"
 
 
-MEASURED = HERE / "measured.json"
+MODELS = {"smollm2-135m": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma 3 270M", "almanac": "almanac"}
+"""The models that were measured, in the order in which they are shown."""
+MEASURED = HERE / "measured"
 METRICS = ("reliability", "generalization", "locality")
 PROTOCOLS = ("forced", "compare", "generated")
 REGIMES = ("single", "batch", "sequential")
-BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 
 
 def _mean(found: dict[str, Any]) -> str:
@@ -162,11 +170,14 @@ def _means(found: dict[str, Any] | None) -> str:
 
 
 @cache
-def _figures() -> dict[str, Any]:
-    """Of the almanac that ships now; figures of an earlier one are left out."""
-    found = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
-    now = errata.load("almanac").fingerprint
-    return found if found.get("about", {}).get("model", {}).get("fingerprint") == now else {}
+def _figures(model: str) -> dict[str, Any]:
+    """What was measured on a model; nothing of another almanac than the one that ships now."""
+    file, nothing = MEASURED / f"{model}.json", {"methods": {}}
+    if not file.is_file():
+        return nothing
+    found = json.loads(file.read_text(encoding="utf-8"))
+    old = model == "almanac" and found["about"]["model"]["fingerprint"] != errata.load(model).fingerprint
+    return nothing if old else found
 
 
 def _value(value: Any) -> str:
