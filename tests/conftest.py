@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network
 
@@ -32,11 +33,14 @@ def _nobody_warned():
 
 
 @pytest.fixture
-def uncollected():
-    """No garbage is collected: hypothesis looks on when it is, and an interrupt that comes then is lost in its code."""
+def interruptible():
+    """SIGINT arrives: a process in the background ignores it, and one that comes while garbage is collected is lost in
+    what hypothesis does then."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.disable()
     yield
     gc.enable()
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

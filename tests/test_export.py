@@ -311,7 +311,7 @@ def test_no_local_path_is_published_and_the_base_is_named_as_others_know_it(how:
         how(patch, lm, tmp_path / "c", base=str(tmp_path / "private" / "my-model"))
 
 
-@pytest.mark.filterwarnings("ignore:ft-m has no published settings")
+@pytest.mark.filterwarnings("ignore:.*has no published settings")
 def test_the_card_takes_what_bench_writes_and_refuses_what_is_of_another_model(tmp_path: Path):
     from errata.bench import Plan, Results, run_grid
 

@@ -233,7 +233,7 @@ def test_editing_one_model_changes_nothing_of_another(lm: LM, corpus_file: str):
     assert tiny.same_bits(wanted.right, found.right)
 
 
-@pytest.mark.usefixtures("uncollected")
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_within_an_edit_puts_everything_back(lm: LM):
     for prior in (None, Noise().edit(lm, [B])):
         timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))

@@ -116,7 +116,7 @@ def test_a_failing_change_takes_the_earlier_ones_with_it(lm: LM):
         pass
 
 
-@pytest.mark.usefixtures("uncollected")
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_inside_puts_everything_back(lm: LM):
     with pytest.raises(KeyboardInterrupt), (patch(lm) + patch(lm, Codebook)).applied(lm):
         threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
