@@ -17,7 +17,7 @@ from ..lm import LM, Site
 from ..method import Method
 from ..parts import contexts, scope
 from ..parts import corpus as sources
-from ..parts.descend import pull
+from ..parts.descend import pull, unfinished
 from ..parts.scaled import Scaled
 from ..patch import Patch
 from ..replay import passes
@@ -138,7 +138,7 @@ class GRACE(Scaled, Method, name="grace"):
                 nll = cross_entropy(again.logits(*some.reads), some.wanted, reduction="none")
             of = rows[some.reads[0]]
             loss = nll.new_zeros(len(own)).index_add(0, edit[of], nll * share[of])
-            todo &= ~(loss.detach() <= self.stop)  # one that is no number is none either
+            todo &= unfinished(loss, self.stop)
             if not todo.any():
                 break
             optimiser.zero_grad()

@@ -28,7 +28,7 @@ from ..lm import LM, Site
 from ..method import Method
 from ..parts import contexts, scope
 from ..parts import corpus as sources
-from ..parts.descend import pull
+from ..parts.descend import pull, unfinished
 from ..parts.scaled import Scaled
 from ..patch import Patch
 from ..replay import in_pass, passes
@@ -176,7 +176,7 @@ class MELO(Scaled, Method, name="melo"):
             with self._beside(sites, factors, tokens, block, first - again.start):
                 nll = cross_entropy(again.logits(*tokens.reads), tokens.wanted, reduction="none")
             loss = nll.new_zeros(len(todo)).index_add(0, block[tokens.reads[0]], nll * share)
-            todo &= ~(loss.detach() / block.bincount() <= self.stop)  # one that is no number is none either
+            todo &= unfinished(loss / block.bincount(), self.stop)
             if not todo.any():
                 break
             optimiser.zero_grad()

@@ -33,7 +33,7 @@ from ..lm import LM, Site
 from ..method import Method
 from ..parts import contexts, scope
 from ..parts import corpus as sources
-from ..parts.descend import pull
+from ..parts.descend import pull, unfinished
 from ..parts.scaled import Scaled
 from ..patch import Patch
 from ..replay import in_pass, passes
@@ -202,7 +202,7 @@ class WISE(Scaled, Method, name="wise"):
         active = torch.ones(len(start), dtype=torch.bool, device=device)
         for _ in range(self.steps):
             loss = work.loss(written(param))
-            active &= ~(loss.detach() <= self.stop)  # one that is no number is none either
+            active &= unfinished(loss, self.stop)
             if not active.any():
                 break
             optimiser.zero_grad()

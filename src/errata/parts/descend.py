@@ -35,6 +35,11 @@ def pull(lm: LM, losses: Tensor, on: Sequence[Tensor]) -> None:
         raise _blocked(lm)
 
 
+def unfinished(losses: Tensor, stop: float) -> Tensor:
+    """Which of some losses are not down to `stop` yet; one that is no number never is."""
+    return ~(losses.detach() <= stop)
+
+
 def slopes(lm: LM, losses: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of the sum of losses by some tensors.
 
